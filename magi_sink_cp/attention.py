@@ -1,0 +1,108 @@
+"""Attention with sinks on one device."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from magi_sink_cp.kernels.dsink import sink_gradient
+from magi_sink_cp.kernels.inputs import check_qkv, check_sink, make_params, make_varlen
+from magi_sink_cp.kernels.merge import merge
+from magi_sink_cp.kernels.protocol import AttentionParams, Backend, Varlen
+from magi_sink_cp.kernels.registry import select_backend
+
+
+def attention_with_sink(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    sink: Tensor | None = None,
+    *,
+    sink_layout: str = "sh",
+    cu_seqlens_q: Tensor | None = None,
+    cu_seqlens_k: Tensor | None = None,
+    max_seqlen_q: int | None = None,
+    max_seqlen_k: int | None = None,
+    softmax_scale: float | None = None,
+    causal: bool = False,
+    window_size: Sequence[int] = (-1, -1),
+    softcap: float = 0.0,
+    deterministic: bool = False,
+    backend: str = "auto",
+    return_lse: bool = False,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Exact attention whose softmax denominator also holds learnable sink logits; differentiable in q, k, v and sink.
+
+    For query row i and head h, with scores S_ij = softcap(scale · q_i·k_j) over the visible keys and sink logits z:
+    out_i = Σ_j exp(S_ij - lse_i) v_j with lse_i = log(Σ_j exp S_ij + Σ_s exp z_s) (the sinks of gpt-oss).
+
+    Args:
+        q: (b, sq, h, d), or packed (total_q, h, d) with cu_seqlens; fp16, bf16, fp32 or fp64 as the backend takes.
+        k, v: (b, sk, h_kv, d) or (total_k, h_kv, d); h_kv divides h.
+        sink: logits, natural log, fp32 (bf16 and fp16 are accepted and computed in fp32); None is plain attention.
+            -inf switches a sink off.
+        sink_layout: "sh": sink is (s_sink, h), shared by all rows. "ssh": a sink per row, (b, sq, s_sink, h) or
+            (total_q, s_sink, h). Any s_sink >= 1.
+        cu_seqlens_q, cu_seqlens_k: int32 (documents + 1,) offsets of packed documents, on the device of q. A new CUDA
+            tensor is copied to the host once, to be checked.
+        max_seqlen_q, max_seqlen_k: longest document; read from cu_seqlens if None.
+        softmax_scale: factor on q·k, default d^-1/2.
+        causal: mask aligned to the bottom right: row i sees keys up to i + sk - sq.
+        window_size: (left, right) tokens seen around i + sk - sq; -1 is unlimited; causal makes right 0.
+        softcap: scores become softcap · tanh(scores / softcap); 0 is off.
+        deterministic: the backward gives the same bits in every run.
+        backend: "auto", or a name of :func:`magi_sink_cp.backends`.
+        return_lse: also return lse.
+
+    Returns:
+        out like q, or (out, lse) with lse fp32 (b, h, sq) / (h, total_q), the sink included (fp64 for fp64 inputs). A row
+        that sees no key has out = 0 and lse = log Σ exp z, or -inf without a sink. A gradient that reaches lse is exact.
+
+    Raises:
+        TypeError, ValueError: before any kernel runs; the text names the argument, what came and what is allowed.
+    """
+    packed = cu_seqlens_q is not None or cu_seqlens_k is not None
+    shape_text = "(total, heads, head_dim), as cu_seqlens are given," if packed else "(batch, seqlen, heads, head_dim)"
+    check_qkv(q, k, v, 3 if packed else 4, shape_text)
+    check_sink(sink, sink_layout, q)
+    params = make_params(q, softmax_scale, causal, window_size, softcap, deterministic)
+    varlen = make_varlen(q, k, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
+    call = _Call(select_backend(backend, q, params), params, varlen)
+    out, lse = _AttentionWithSink.apply(q, k, v, sink, call)
+    return (out, lse) if return_lse else out
+
+
+@dataclass(frozen=True)
+class _Call:
+    """Everything of a call that is not differentiated."""
+
+    backend: Backend
+    params: AttentionParams
+    varlen: Varlen | None
+
+
+class _AttentionWithSink(torch.autograd.Function):
+    """forward: partial of all keys → merge with the sink (in place). backward: the kernel's own, then dsink from its delta."""
+
+    @staticmethod
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, sink: Tensor | None, call: _Call) -> tuple[Tensor, Tensor]:
+        out, lse = merge([call.backend.forward(q, k, v, call.params, call.varlen)], sink)
+        ctx.save_for_backward(q, k, v, sink, out, lse)
+        ctx.call = call
+        ctx.set_materialize_grads(False)
+        return out, lse
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dout: Tensor | None, dlse: Tensor | None) -> tuple[Tensor | None, ...]:
+        q, k, v, sink, out, lse = ctx.saved_tensors
+        call: _Call = ctx.call
+        dout = torch.zeros_like(out) if dout is None else dout
+        grads = call.backend.backward(dout, q, k, v, out, lse, call.params, call.varlen, dlse)
+        dsink = sink_gradient(sink, lse, grads.delta, out, dout, dlse).to(sink.dtype) if ctx.needs_input_grad[3] else None
+        return grads.dq, grads.dk, grads.dv, dsink, None

@@ -1,0 +1,275 @@
+"""The user's handle on a context-parallel layout: sharding, positions, and cached schedules."""
+
+from __future__ import annotations
+
+import hashlib
+import weakref
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+from torch.distributed import ProcessGroup
+from torch.distributed.device_mesh import DeviceMesh
+
+from magi_sink_cp.dist.agreement import agree, group_device
+from magi_sink_cp.dist.layout import LAYOUTS, Range, RankRanges, num_tokens
+from magi_sink_cp.dist.schedule import KernelCall, Schedule, build_schedule
+from magi_sink_cp.kernels.inputs import check_offsets, read_cu_seqlens
+from magi_sink_cp.kernels.protocol import Varlen
+
+# Call signatures that the ranks of a group have agreed on, so that a signature is compared once and not once a step.
+_agreed: weakref.WeakKeyDictionary[ProcessGroup, set[str]] = weakref.WeakKeyDictionary()
+
+
+def make_cp_plan(
+    total_tokens: int,
+    *,
+    group: ProcessGroup | DeviceMesh | None = None,
+    cu_seqlens: Tensor | Sequence[int] | None = None,
+    layout: str = "zigzag",
+) -> CPPlan:
+    """Plan how ``total_tokens`` tokens, and the documents among them, are spread over the ranks of a context-parallel group.
+
+    Every rank of the group must call this with the same arguments; one small all-gather checks that they do.
+
+    Args:
+        total_tokens: tokens of the whole sequence, before padding. It need not divide by anything.
+        group: the cp group: a ProcessGroup, a 1-D DeviceMesh, or None for one device (the same script without torchrun).
+        cu_seqlens: int32 (documents + 1,) offsets of packed documents, from 0 to total_tokens, zero lengths included; a tensor
+            on any device or a sequence of ints. None is one document.
+        layout: "zigzag": rank r holds chunks r and 2·cp - 1 - r of 2·cp equal chunks.
+
+    Raises:
+        TypeError, ValueError: on every rank, if an argument is invalid on any rank or the ranks differ.
+    """
+    process_group = _process_group(group)
+    try:
+        documents = _check_arguments(total_tokens, cu_seqlens, layout)
+    except (TypeError, ValueError) as error:
+        if process_group is not None:
+            agree(error, process_group, "make_cp_plan")
+        raise
+    if process_group is not None:
+        digest = hashlib.sha256(repr(documents).encode()).hexdigest()[:16]
+        agree({"total_tokens": total_tokens, "layout": layout, "cu_seqlens (sha256)": digest}, process_group, "make_cp_plan")
+    if process_group is not None:
+        device = group_device(process_group)
+    elif isinstance(cu_seqlens, Tensor):
+        device = cu_seqlens.device
+    else:
+        device = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
+    return CPPlan(total_tokens, documents, layout, process_group, device)
+
+
+class CPPlan:
+    """Which tokens this rank holds, and how attention over all of them is computed. Made by :func:`make_cp_plan`.
+
+    Attributes:
+        total_tokens: tokens of the whole sequence, without padding.
+        local_tokens: tokens of this rank, padding included; the same on every rank.
+        pad_tokens: padding of the whole sequence: cp_size · local_tokens - total_tokens.
+        position_ids: int64 (local_tokens,), each token's position within its document (0 on padding).
+        token_mask: bool (local_tokens,), False on padding.
+        rank, cp_size: this rank within the cp group, and its size (0 and 1 without a group).
+        group: the ProcessGroup, or None.
+
+    position_ids and token_mask are on the group's device (the current GPU for NCCL, the CPU for gloo); without a group, on the device
+    of cu_seqlens if that is a tensor, else on the current GPU if there is one.
+    """
+
+    def __init__(
+        self, total_tokens: int, documents: tuple[Range, ...], layout: str, group: ProcessGroup | None, device: torch.device
+    ) -> None:
+        self.total_tokens = total_tokens
+        self.group = group
+        self.rank = 0 if group is None else dist.get_rank(group)
+        self.cp_size = 1 if group is None else dist.get_world_size(group)
+        self.layout: tuple[RankRanges, ...] = LAYOUTS[layout](total_tokens, self.cp_size)
+        self.documents = documents
+        self.local_tokens = num_tokens(self.layout[self.rank])
+        self.pad_tokens = self.cp_size * self.local_tokens - total_tokens
+        token = torch.cat([torch.arange(lo, hi) for lo, hi in self.layout[self.rank]] or [torch.arange(0)])
+        starts = torch.tensor([lo for lo, _ in documents] or [0])
+        position = token - starts[torch.searchsorted(starts, token, right=True) - 1]
+        real = token < total_tokens
+        self.position_ids = torch.where(real, position, 0).to(device)
+        self.token_mask = real.to(device)
+        self._schedules: dict[bool, Schedule] = {}
+        self._varlens: dict[tuple[KernelCall, torch.device], Varlen | None] = {}
+
+    def __repr__(self) -> str:
+        return (
+            f"CPPlan(total_tokens={self.total_tokens}, documents={len(self.documents)}, rank={self.rank}, cp_size={self.cp_size}, "
+            f"local_tokens={self.local_tokens}, pad_tokens={self.pad_tokens})"
+        )
+
+    def shard(self, x: Tensor, dim: int = 0) -> Tensor:
+        """This rank's part of a tensor that every rank holds whole: total_tokens → local_tokens along ``dim``, padded with 0.
+
+        The gradient of x is whole on every rank again (an all-gather, if x needs one).
+
+        Raises:
+            ValueError: the size along dim is not total_tokens.
+        """
+        self._check_size(x, dim, self.total_tokens, "total_tokens")
+        return _Shard.apply(x, dim, self)
+
+    def unshard(self, x: Tensor, dim: int = 0) -> Tensor:
+        """The inverse of :meth:`shard`: local_tokens → total_tokens along ``dim``, on every rank (an all-gather), padding stripped.
+
+        The gradient is this rank's part of the incoming one, which must therefore be the same on every rank, as it is when every
+        rank computes the same loss from the whole tensor.
+
+        Raises:
+            ValueError: the size along dim is not local_tokens.
+        """
+        self._check_size(x, dim, self.local_tokens, "local_tokens")
+        return _Unshard.apply(x, dim, self)
+
+    def schedule(self, causal: bool) -> Schedule:
+        """This rank's stages under a causal or a full mask; built once."""
+        if causal not in self._schedules:
+            self._schedules[causal] = build_schedule(self.layout, self.documents, causal, self.rank)
+        return self._schedules[causal]
+
+    def varlen(self, call: KernelCall, device: torch.device) -> Varlen | None:
+        """The call's offsets on ``device``, made once; None for a single document, which runs as a dense batch of one."""
+        key = (call, device)
+        if key not in self._varlens:
+            self._varlens[key] = None if len(call.cu_seqlens_q) == 2 else _varlen(call, device)
+        return self._varlens[key]
+
+    def agree(self, signature: Mapping[str, object] | Exception, what: str) -> None:
+        """Compare a call's signature over the ranks, the first time that this group sees it.
+
+        An exception is exchanged only while the group has agreed on nothing yet: after that the other ranks may be past this point.
+        """
+        if self.group is None:
+            if isinstance(signature, Exception):
+                raise signature
+            return
+        seen = _agreed.setdefault(self.group, set())
+        if isinstance(signature, Exception):
+            if seen:
+                raise signature
+            agree(signature, self.group, what)
+        else:
+            key = repr(signature)
+            if key not in seen:
+                agree(signature, self.group, what)
+                seen.add(key)
+
+    def _check_size(self, x: Tensor, dim: int, size: int, what: str) -> None:
+        if not isinstance(x, Tensor):
+            raise TypeError(f"x must be a torch.Tensor, got {type(x).__name__}")
+        if not -x.dim() <= dim < x.dim():
+            raise ValueError(f"dim must be a dimension of x, whose shape is {tuple(x.shape)}, got {dim}")
+        if x.shape[dim] != size:
+            raise ValueError(f"x must have the plan's {what}, {size}, along dim {dim}, got shape {tuple(x.shape)}")
+
+
+def _varlen(call: KernelCall, device: torch.device) -> Varlen:
+    longest = [max(hi - lo for lo, hi in zip(cu, cu[1:], strict=False)) for cu in (call.cu_seqlens_q, call.cu_seqlens_k)]
+    both = torch.tensor([call.cu_seqlens_q, call.cu_seqlens_k], dtype=torch.int32).to(device)
+    return Varlen(both[0].contiguous(), both[1].contiguous(), *longest)
+
+
+@dataclass(frozen=True)
+class _Along:
+    """A plan and the dimension along which a tensor is split."""
+
+    plan: CPPlan
+    dim: int
+
+    def shard(self, x: Tensor) -> Tensor:
+        plan, pieces = self.plan, []
+        for lo, hi in plan.layout[plan.rank]:
+            real = min(hi, plan.total_tokens)
+            if real > lo:
+                pieces.append(x.narrow(self.dim, lo, real - lo))
+            if hi > max(lo, real):
+                padding = list(x.shape)
+                padding[self.dim] = hi - max(lo, real)
+                pieces.append(x.new_zeros(padding))
+        return torch.cat(pieces, self.dim) if pieces else x.clone()
+
+    def unshard(self, x: Tensor) -> Tensor:
+        plan = self.plan
+        local = x.movedim(self.dim, 0).contiguous()
+        gathered = local
+        if plan.group is not None and local.numel():
+            gathered = local.new_empty(plan.cp_size * plan.local_tokens, *local.shape[1:])
+            dist.all_gather(list(gathered.chunk(plan.cp_size)), local, group=plan.group)
+        pieces = []
+        for rank, ranges in enumerate(plan.layout):
+            base = rank * plan.local_tokens
+            for lo, hi in ranges:
+                pieces.append((lo, gathered[base : base + hi - lo]))
+                base += hi - lo
+        whole = torch.cat([piece for _, piece in sorted(pieces, key=lambda p: p[0])]) if pieces else local.clone()
+        return whole[: plan.total_tokens].movedim(0, self.dim)
+
+
+class _Shard(torch.autograd.Function):
+    """forward: slice and pad. backward: all-gather and strip, as every rank needs the whole gradient."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, dim: int, plan: CPPlan) -> Tensor:
+        ctx.along = _Along(plan, dim)
+        return ctx.along.shard(x)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dx: Tensor) -> tuple[Tensor, None, None]:
+        return ctx.along.unshard(dx), None, None
+
+
+class _Unshard(torch.autograd.Function):
+    """forward: all-gather and strip. backward: slice and pad, as every rank holds the whole gradient."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, dim: int, plan: CPPlan) -> Tensor:
+        ctx.along = _Along(plan, dim)
+        return ctx.along.unshard(x)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dx: Tensor) -> tuple[Tensor, None, None]:
+        return ctx.along.shard(dx), None, None
+
+
+def _process_group(group: ProcessGroup | DeviceMesh | None) -> ProcessGroup | None:
+    if group is None:
+        return None
+    if isinstance(group, DeviceMesh):
+        if group.ndim != 1:
+            raise ValueError(f"group must be a 1-D DeviceMesh (for example mesh['cp']), got one of shape {tuple(group.shape)}")
+        group = group.get_group()
+    if not isinstance(group, ProcessGroup):
+        raise TypeError(f"group must be a ProcessGroup, a 1-D DeviceMesh or None, got {type(group).__name__}")
+    if dist.get_rank(group) < 0:
+        raise ValueError("group must contain the calling rank, and this rank is not a member of it")
+    return group
+
+
+def _check_arguments(total_tokens: int, cu_seqlens: Tensor | Sequence[int] | None, layout: str) -> tuple[Range, ...]:
+    """The non-empty documents, after every check that one rank can make alone."""
+    if not isinstance(total_tokens, int) or isinstance(total_tokens, bool):
+        raise TypeError(f"total_tokens must be an int, got {total_tokens!r}")
+    if total_tokens < 0:
+        raise ValueError(f"total_tokens must be >= 0, got {total_tokens}")
+    if layout not in LAYOUTS:
+        raise ValueError(f"layout must be one of {sorted(LAYOUTS)}, got {layout!r}")
+    if cu_seqlens is None:
+        offsets: tuple[int, ...] = (0, total_tokens)
+    elif isinstance(cu_seqlens, Tensor):
+        offsets = read_cu_seqlens(cu_seqlens, "cu_seqlens", total_tokens)
+    elif isinstance(cu_seqlens, Sequence) and all(isinstance(x, int) for x in cu_seqlens):
+        offsets = check_offsets(tuple(cu_seqlens), "cu_seqlens", total_tokens)
+    else:
+        raise TypeError(f"cu_seqlens must be an int32 tensor, a sequence of ints or None, got {type(cu_seqlens).__name__}")
+    return tuple((lo, hi) for lo, hi in zip(offsets, offsets[1:], strict=False) if hi > lo)

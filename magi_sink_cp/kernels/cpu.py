@@ -1,0 +1,173 @@
+"""The ``cpu`` backend: exact attention in torch operations, any float dtype, never a full score matrix.
+
+Shapes inside a document: T query rows, K keys, G = H / H_kv query heads a key head; a tile is R rows × C keys.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from magi_sink_cp.kernels.protocol import AttentionParams, Backend, Gradients, Partial, RowDelta, Varlen, nothing_seen
+
+# Scores alive at a time: 16 MiB in fp32, where a 16k × 16k sequence of 8 heads would hold 8 GiB.
+_TILE_ELEMENTS = 1 << 22
+_TILE_ROWS = 512
+
+_Index = tuple[int] | tuple[slice] | tuple[slice, slice]
+
+
+class CpuBackend(Backend):
+    """Tiles of query rows × the keys that they see; products and statistics in fp32 (fp64 for fp64 inputs)."""
+
+    name = "cpu"
+
+    def unavailable(self) -> str | None:
+        return None
+
+    def unsupported(self, q: Tensor, params: AttentionParams) -> str | None:
+        return None if q.device.type == "cpu" else f"it runs on CPU tensors, and q is on {q.device}"
+
+    def _forward(
+        self, q: Tensor, k: Tensor, v: Tensor, params: AttentionParams, varlen: Varlen | None, out: Tensor | None
+    ) -> Partial:
+        partial = nothing_seen(q, out)
+        for rows, keys, stats in _documents(q, varlen):
+            _forward_document(q[rows], k[keys], v[keys], params, partial.out[rows], partial.lse[stats])
+        return partial
+
+    def _backward(
+        self,
+        dout: Tensor,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        out: Tensor,
+        lse: Tensor,
+        params: AttentionParams,
+        varlen: Varlen | None,
+        dlse: Tensor | None,
+    ) -> Gradients:
+        delta = (dout.to(lse.dtype) * out.to(lse.dtype)).sum(-1).transpose(-1, -2)
+        row_term = delta if dlse is None else delta - dlse
+        dq, dk, dv = torch.zeros_like(q), torch.zeros_like(k), torch.zeros_like(v)
+        for rows, keys, stats in _documents(q, varlen):
+            dq[rows], dk[keys], dv[keys] = _backward_document(
+                dout[rows], q[rows], k[keys], v[keys], lse[stats], row_term[stats], params
+            )
+        return Gradients(dq, dk, dv, RowDelta(delta, delta.shape[-1]))
+
+
+def _documents(q: Tensor, varlen: Varlen | None) -> Iterator[tuple[_Index, _Index, _Index]]:
+    """Indices of each document (or batch entry) into q, into k and v, and into lse."""
+    if varlen is None:
+        for b in range(q.shape[0]):
+            yield (b,), (b,), (b,)
+        return
+    starts_q, starts_k = varlen.cu_seqlens_q.tolist(), varlen.cu_seqlens_k.tolist()
+    for b in range(len(starts_q) - 1):
+        rows = slice(starts_q[b], starts_q[b + 1])
+        yield (rows,), (slice(starts_k[b], starts_k[b + 1]),), (slice(None), rows)
+
+
+def _visible(first: int, last: int, shift: int, num_keys: int, window_size: tuple[int, int]) -> tuple[int, int]:
+    """The range of keys that at least one of the query rows first … last - 1 sees."""
+    left, right = window_size
+    lo = 0 if left < 0 else max(0, first + shift - left)
+    hi = num_keys if right < 0 else min(num_keys, last + shift + right)
+    return lo, max(lo, hi)
+
+
+def _tiles(num_rows: int, num_keys: int, heads: int, window_size: tuple[int, int]) -> Iterator[tuple[slice, slice]]:
+    """(rows, keys) of tiles whose scores fit in _TILE_ELEMENTS; rows that see no key are left out."""
+    shift, first = num_keys - num_rows, 0
+    while first < num_rows:
+        last = min(num_rows, first + _TILE_ROWS)
+        lo, hi = _visible(first, last, shift, num_keys, window_size)
+        while last - first > 1 and (last - first) * heads * (hi - lo) > _TILE_ELEMENTS:
+            last = first + (last - first) // 2
+            lo, hi = _visible(first, last, shift, num_keys, window_size)
+        if hi > lo:
+            yield slice(first, last), slice(lo, hi)
+        first = last
+
+
+def _hidden(rows: slice, keys: slice, shift: int, window_size: tuple[int, int]) -> Tensor | None:
+    """Boolean (R, C) mask of the pairs that the window hides, or None if it hides none of this tile."""
+    left, right = window_size
+    sees_left = left < 0 or keys.start >= rows.stop - 1 + shift - left
+    sees_right = right < 0 or keys.stop - 1 <= rows.start + shift + right
+    if sees_left and sees_right:
+        return None
+    query, key = (torch.arange(x.start, x.stop, device="cpu") for x in (rows, keys))
+    offset = key - (query.unsqueeze(1) + shift)
+    hidden = offset > right if right >= 0 else torch.zeros_like(offset, dtype=torch.bool)
+    return hidden | (offset < -left) if left >= 0 else hidden
+
+
+def _group_rows(x: Tensor, heads_kv: int) -> Tensor:
+    """(R, H, D) → (H_kv, G·R, D)."""
+    rows, heads, dim = x.shape
+    return x.unflatten(1, (heads_kv, heads // heads_kv)).permute(1, 2, 0, 3).reshape(heads_kv, heads // heads_kv * rows, dim)
+
+
+def _ungroup_rows(x: Tensor, rows: int) -> Tensor:
+    """(H_kv, G·R, D) → (R, H, D)."""
+    heads_kv, _, dim = x.shape
+    return x.view(heads_kv, -1, rows, dim).permute(2, 0, 1, 3).reshape(rows, -1, dim)
+
+
+def _scores(q: Tensor, k: Tensor, params: AttentionParams, hidden: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    """Masked scores (H_kv, G·R, C), and the softcap's derivative at them (None without a softcap)."""
+    scores = (q @ k.transpose(-1, -2)).mul_(params.softmax_scale)
+    slope = None
+    if params.softcap > 0:
+        tanh = scores.div_(params.softcap).tanh_()
+        slope = 1 - tanh.square()
+        scores = tanh.mul_(params.softcap)
+    if hidden is not None:
+        scores.view(k.shape[0], -1, *hidden.shape).masked_fill_(hidden, float("-inf"))
+    return scores, slope
+
+
+def _forward_document(q: Tensor, k: Tensor, v: Tensor, params: AttentionParams, out: Tensor, lse: Tensor) -> None:
+    """Write out (T, H, D) and lse (H, T) of the rows that see a key; the others keep what they hold."""
+    heads_kv, shift = k.shape[1], k.shape[0] - q.shape[0]
+    keys_first = [x.to(lse.dtype).transpose(0, 1).contiguous() for x in (k, v)]
+    for rows, keys in _tiles(q.shape[0], k.shape[0], q.shape[1], params.window_size):
+        k_tile, v_tile = (x[:, keys] for x in keys_first)
+        q_tile = _group_rows(q[rows].to(lse.dtype), heads_kv)
+        scores, _ = _scores(q_tile, k_tile, params, _hidden(rows, keys, shift, params.window_size))
+        tile_lse = torch.logsumexp(scores, dim=-1)
+        weights = scores.sub_(_finite(tile_lse).unsqueeze(-1)).exp_()
+        out[rows] = _ungroup_rows(weights @ v_tile, rows.stop - rows.start).to(out.dtype)
+        lse[:, rows] = tile_lse.view(lse.shape[0], -1)
+
+
+def _backward_document(
+    dout: Tensor, q: Tensor, k: Tensor, v: Tensor, lse: Tensor, row_term: Tensor, params: AttentionParams
+) -> tuple[Tensor, Tensor, Tensor]:
+    """dq, dk, dv of one document; row_term (H, T) is delta - dlse."""
+    heads_kv, shift = k.shape[1], k.shape[0] - q.shape[0]
+    k_first, v_first = (x.to(lse.dtype).transpose(0, 1).contiguous() for x in (k, v))
+    dq = torch.zeros_like(q)
+    dk, dv = torch.zeros_like(k_first), torch.zeros_like(v_first)
+    for rows, keys in _tiles(q.shape[0], k.shape[0], q.shape[1], params.window_size):
+        q_tile, dout_tile = (_group_rows(x[rows].to(lse.dtype), heads_kv) for x in (q, dout))
+        scores, slope = _scores(q_tile, k_first[:, keys], params, _hidden(rows, keys, shift, params.window_size))
+        stats = [x[:, rows].reshape(heads_kv, -1, 1) for x in (_finite(lse), row_term)]
+        weights = scores.sub_(stats[0]).exp_()
+        dv[:, keys] += weights.transpose(-1, -2) @ dout_tile
+        dscores = (dout_tile @ v_first[:, keys].transpose(-1, -2)).sub_(stats[1]).mul_(weights).mul_(params.softmax_scale)
+        if slope is not None:
+            dscores.mul_(slope)
+        dq[rows] = _ungroup_rows(dscores @ k_first[:, keys], rows.stop - rows.start).to(dq.dtype)
+        dk[:, keys] += dscores.transpose(-1, -2) @ q_tile
+    return dq, dk.transpose(0, 1), dv.transpose(0, 1)
+
+
+def _finite(lse: Tensor) -> Tensor:
+    """lse with -inf (a row without a visible key, whose scores are all -inf) replaced by 0, so that exp gives 0 there."""
+    return lse.masked_fill(lse == float("-inf"), 0.0)

@@ -1,0 +1,199 @@
+"""The gradient of the sink logits, from delta: one Triton kernel, and its torch twin for CPU tensors.
+
+    dz_j = Σ_i exp(z_j - lse_i) · (dlse_i - delta_i)        sum over rows for ``sh``, none for ``ssh``
+
+with the final lse (sink included), delta_i = Σ_d dout_id · out_id, and dlse the gradient that reaches lse (0 if none does).
+FlashAttention-3's backward returns delta; for kernels that do not, the same Triton kernel computes it in fp32 from out and
+dout. Sums are taken in a fixed order (per block of rows, then over blocks), so that the result is the same in every run.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from magi_sink_cp.kernels.merge import lse_strides, out_strides, sink_strides
+from magi_sink_cp.kernels.protocol import RowDelta
+from magi_sink_cp.kernels.triton_support import tl, triton
+
+
+def sink_gradient(
+    sink: Tensor,
+    lse: Tensor,
+    delta: RowDelta | None = None,
+    out: Tensor | None = None,
+    dout: Tensor | None = None,
+    dlse: Tensor | None = None,
+) -> Tensor:
+    """dsink in the shape of sink; fp32 for ``sh`` (fp64 for fp64 statistics), the dtype of sink for ``ssh``.
+
+    Args:
+        sink: (s_sink, H), or per row (B, T, s_sink, H) / (T, s_sink, H).
+        lse: final, (B, H, T) or (H, T), fp32.
+        delta: from the attention backward; if None, out and dout (B, T, H, D) / (T, H, D) are read instead.
+        dlse: gradient of lse, like lse.
+    """
+    if lse.numel() == 0:
+        return torch.zeros_like(sink, dtype=lse.dtype if sink.dim() == 2 else sink.dtype)
+    if delta is None and (out is None or dout is None):
+        raise ValueError("sink_gradient needs delta, or out and dout to compute it from")
+    return (sink_gradient_triton if lse.is_cuda else sink_gradient_torch)(sink, lse, delta, out, dout, dlse)
+
+
+def sink_gradient_torch(
+    sink: Tensor, lse: Tensor, delta: RowDelta | None, out: Tensor | None, dout: Tensor | None, dlse: Tensor | None
+) -> Tensor:
+    """The torch twin: same arguments and same result as :func:`sink_gradient_triton`."""
+    rows = lse.shape[-1]
+    if delta is not None:
+        row_delta = _unpad(delta, rows)
+    else:
+        assert out is not None and dout is not None, "checked by sink_gradient"
+        row_delta = (out.to(lse.dtype) * dout.to(lse.dtype)).sum(-1).transpose(-1, -2)
+    row_term = -row_delta if dlse is None else dlse - row_delta
+    logits = sink.to(lse.dtype).transpose(-1, -2).unsqueeze(-1) if sink.dim() == 2 else sink.to(lse.dtype).movedim(-1, -3).transpose(-1, -2)
+    weight = torch.exp(logits - lse.masked_fill(lse == float("-inf"), float("inf")).unsqueeze(-2))  # (…, H, s_sink, T)
+    per_row = weight * row_term.unsqueeze(-2)
+    if sink.dim() > 2:
+        return per_row.transpose(-1, -2).movedim(-3, -1).to(sink.dtype)
+    per_head = per_row.sum(-1)
+    return (per_head if per_head.dim() == 2 else per_head.sum(0)).transpose(0, 1)
+
+
+def _unpad(delta: RowDelta, rows: int) -> Tensor:
+    """delta as (…, H, T)."""
+    missing = rows - delta.rows
+    if delta.block == 0:
+        return torch.nn.functional.pad(delta.values[..., : delta.rows], (0, missing))
+    assert delta.cu_seqlens_q is not None, "a padded delta comes with its cu_seqlens_q"
+    starts = delta.cu_seqlens_q.long()
+    row = torch.arange(delta.rows, device=starts.device)
+    document = torch.searchsorted(starts, row, right=True) - 1
+    padded_starts = (starts + torch.arange(len(starts), device=starts.device) * delta.block) // delta.block * delta.block
+    return torch.nn.functional.pad(delta.values[:, row - starts[document] + padded_starts[document]], (0, missing))
+
+
+def sink_gradient_triton(
+    sink: Tensor, lse: Tensor, delta: RowDelta | None, out: Tensor | None, dout: Tensor | None, dlse: Tensor | None
+) -> Tensor:
+    """Launch the Triton kernel; for ``sh`` it leaves one fp32 sum per block of rows, which are then added in order."""
+    batch = lse.shape[0] if lse.dim() == 3 else 1
+    heads, rows = lse.shape[-2:]
+    shared = sink.dim() == 2
+    head_dim = 1 if out is None or delta is not None else out.shape[-1]
+    block_dim = triton.next_power_of_2(head_dim)
+    # With delta at hand a program reads two fp32 numbers a row; without, it reads two rows of head_dim elements.
+    block_rows = 512 if delta is not None else max(1, min(64, 4096 // block_dim))
+    blocks = triton.cdiv(rows, block_rows) * batch
+    if shared:
+        dsink = torch.empty(blocks, *sink.shape, dtype=torch.float32, device=sink.device)
+        dsink_strides = (0, dsink.stride(0), dsink.stride(1), dsink.stride(2))
+    else:
+        dsink = torch.empty(sink.shape, dtype=sink.dtype, device=sink.device)
+        dsink_strides = sink_strides(dsink)
+    padded = delta is not None and delta.block > 0
+    _sink_gradient_kernel[(heads * blocks,)](
+        sink,
+        lse,
+        None if delta is None else delta.values,
+        None if delta is not None else out,
+        None if delta is not None else dout,
+        dlse,
+        delta.cu_seqlens_q if delta is not None and padded else None,
+        dsink,
+        sink_strides(sink),
+        lse_strides(lse),
+        (0, 0) if delta is None else lse_strides(delta.values),
+        (0, 0, 0) if delta is not None or out is None else out_strides(out),
+        (0, 0, 0) if delta is not None or dout is None else out_strides(dout),
+        (0, 0) if dlse is None else lse_strides(dlse),
+        dsink_strides,
+        rows,
+        0 if delta is None else delta.rows,
+        heads,
+        sink.shape[-2],
+        delta.cu_seqlens_q.numel() - 1 if delta is not None and delta.cu_seqlens_q is not None else 0,
+        DELTA_BLOCK=0 if delta is None else delta.block,
+        SHARED=shared,
+        HEAD_DIM=head_dim,
+        BLOCK_DIM=block_dim,
+        BLOCK_ROWS=block_rows,
+    )
+    return dsink.sum(0) if shared else dsink
+
+
+# A new token, sink or document count must not compile the kernel again.
+@triton.jit(do_not_specialize=["num_rows", "num_delta_rows", "num_sinks", "num_documents"])
+def _sink_gradient_kernel(
+    sink_ptr,  # (s_sink, H) if SHARED, else (B, T, s_sink, H)
+    lse_ptr,  # (B, H, T), fp32
+    delta_ptr,  # (B, H, ≥T), fp32, or None
+    out_ptr,  # (B, T, H, D), or None where delta is given
+    dout_ptr,  # (B, T, H, D), or None where delta is given
+    dlse_ptr,  # (B, H, T), fp32, or None
+    cu_seqlens_ptr,  # (documents + 1,) where delta is padded per document, or None
+    dsink_ptr,  # (blocks of rows, s_sink, H) fp32 if SHARED, else (B, T, s_sink, H)
+    sink_stride,
+    lse_stride,
+    delta_stride,
+    out_stride,
+    dout_stride,
+    dlse_stride,
+    dsink_stride,
+    num_rows,
+    num_delta_rows,
+    num_heads,
+    num_sinks,
+    num_documents,
+    DELTA_BLOCK: tl.constexpr,
+    SHARED: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    BLOCK_DIM: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr,
+):
+    head = (tl.program_id(0) % num_heads).to(tl.int64)
+    block = (tl.program_id(0) // num_heads).to(tl.int64)
+    batch = block // tl.cdiv(num_rows, BLOCK_ROWS)
+    row = block % tl.cdiv(num_rows, BLOCK_ROWS) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
+    inside = row < num_rows
+
+    if delta_ptr is not None:
+        has_delta = row < num_delta_rows
+        column = row
+        if cu_seqlens_ptr is not None:
+            # Binary search: the last document that starts at or before the row (it is never empty).
+            low = tl.zeros([BLOCK_ROWS], tl.int32)
+            high = tl.zeros([BLOCK_ROWS], tl.int32) + num_documents
+            width = num_documents
+            while width > 0:
+                middle = (low + high + 1) // 2
+                starts_before = tl.load(cu_seqlens_ptr + middle, mask=has_delta, other=0) <= row
+                low = tl.where(starts_before, middle, low)
+                high = tl.where(starts_before, high, middle - 1)
+                width = width // 2
+            start = tl.load(cu_seqlens_ptr + low, mask=has_delta, other=0).to(tl.int64)
+            column = row - start + (start + low * DELTA_BLOCK) // DELTA_BLOCK * DELTA_BLOCK
+        delta = tl.load(delta_ptr + batch * delta_stride[0] + head * delta_stride[1] + column, mask=has_delta, other=0.0)
+    else:
+        dim = tl.arange(0, BLOCK_DIM)
+        mask = inside[:, None] & (dim < HEAD_DIM)[None, :]
+        out_at = out_ptr + batch * out_stride[0] + row[:, None] * out_stride[1] + head * out_stride[2] + dim[None, :]
+        dout_at = dout_ptr + batch * dout_stride[0] + row[:, None] * dout_stride[1] + head * dout_stride[2] + dim[None, :]
+        out = tl.load(out_at, mask=mask, other=0.0).to(tl.float32)
+        delta = tl.sum(out * tl.load(dout_at, mask=mask, other=0.0).to(tl.float32), axis=1)
+    row_term = -delta
+    if dlse_ptr is not None:
+        row_term += tl.load(dlse_ptr + batch * dlse_stride[0] + head * dlse_stride[1] + row, mask=inside, other=0.0)
+
+    lse = tl.load(lse_ptr + batch * lse_stride[0] + head * lse_stride[1] + row, mask=inside, other=float("inf"))
+    lse = tl.where(lse == float("-inf"), float("inf"), lse)  # neither a key nor a sink: exp must be 0, not NaN
+    for j in range(num_sinks):
+        if SHARED:
+            logit = tl.load(sink_ptr + j * sink_stride[2] + head * sink_stride[3]).to(tl.float32)
+            total = tl.sum(tl.exp(logit - lse) * row_term, axis=0)
+            tl.store(dsink_ptr + block * dsink_stride[1] + j * dsink_stride[2] + head * dsink_stride[3], total)
+        else:
+            sink_at = sink_ptr + batch * sink_stride[0] + row * sink_stride[1] + j * sink_stride[2] + head * sink_stride[3]
+            logit = tl.load(sink_at, mask=inside, other=float("-inf")).to(tl.float32)
+            dsink_at = dsink_ptr + batch * dsink_stride[0] + row * dsink_stride[1] + j * dsink_stride[2] + head * dsink_stride[3]
+            tl.store(dsink_at, (tl.exp(logit - lse) * row_term).to(dsink_ptr.dtype.element_ty), mask=inside)

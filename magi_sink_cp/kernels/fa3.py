@@ -1,0 +1,200 @@
+"""The ``fa3`` backend: FlashAttention-3 for Hopper, from whichever package of this environment holds it.
+
+Sources, in order: operators that something has already registered, the official ``flash_attn_3`` package, and the extension
+inside xformers >= 0.0.34 (``xformers/flash_attn_3/_C.so``, loaded without importing xformers).
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import importlib.util
+import sys
+from dataclasses import dataclass
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from magi_sink_cp.kernels.flash import FlashBackend, unit_stride
+from magi_sink_cp.kernels.protocol import AttentionParams, Gradients, Partial, RowDelta, Varlen
+
+INSTALL_HINT = (
+    "install FlashAttention-3 from https://github.com/Dao-AILab/flash-attention (folder hopper), or "
+    "`pip install --no-deps xformers==0.0.34 nvidia-cuda-runtime-cu12`"
+)
+
+_FORWARD_ARGUMENTS = (
+    "out cu_seqlens_q cu_seqlens_k max_seqlen_q max_seqlen_k softmax_scale is_causal window_size_left window_size_right "
+    "softcap num_splits"
+).split()
+_BACKWARD_ARGUMENTS = (
+    "dq dk dv cu_seqlens_q cu_seqlens_k max_seqlen_q max_seqlen_k softmax_scale is_causal window_size_left "
+    "window_size_right softcap deterministic"
+).split()
+
+
+class _NotUsable(Exception):
+    """FlashAttention-3 is missing, broken, or of an interface this package does not know; the text says which."""
+
+
+@dataclass(frozen=True)
+class _Library:
+    """The loaded operators. softmax_d_index is where delta stands among the tensors that bwd returns."""
+
+    source: str
+    forward: Any
+    backward: Any
+    softmax_d_index: int
+    has_softcap: bool
+
+
+class Fa3Backend(FlashBackend):
+    """torch.ops.flash_attn_3.{fwd, bwd}. The backward hands over its softmax_d, which is delta."""
+
+    name = "fa3"
+
+    def unavailable(self) -> str | None:
+        if not torch.cuda.is_available():
+            return "torch sees no CUDA GPU"
+        major, minor = torch.cuda.get_device_capability()
+        if major != 9:
+            return f"it needs a Hopper GPU (sm_90), and this one is sm_{major}{minor}"
+        try:
+            _library()
+        except _NotUsable as error:
+            return str(error)
+        return None
+
+    def unsupported(self, q: Tensor, params: AttentionParams) -> str | None:
+        if params.softcap > 0 and not _library().has_softcap:
+            return f"the FlashAttention-3 build of {_library().source} has no softcap"
+        if params.deterministic and q.shape[-1] > 192:
+            return f"its deterministic backward takes a head_dim of at most 192, and q has {q.shape[-1]}"
+        return super().unsupported(q, params)
+
+    def describe(self) -> str:
+        return f"fa3 ({_library().source})"
+
+    def _forward(
+        self, q: Tensor, k: Tensor, v: Tensor, params: AttentionParams, varlen: Varlen | None, out: Tensor | None
+    ) -> Partial:
+        out, lse, *_ = _library().forward(
+            unit_stride(q), unit_stride(k), unit_stride(v), out=out, num_splits=1, **_lengths(varlen), **_mask(params)
+        )
+        return Partial(out, lse)
+
+    def _kernel_backward(
+        self, dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, params: AttentionParams, varlen: Varlen | None
+    ) -> Gradients:
+        library = _library()
+        dq, dk, dv = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
+        returned = library.backward(
+            dout, q, k, v, out, lse, dq=dq, dk=dk, dv=dv, deterministic=params.deterministic, **_lengths(varlen), **_mask(params)
+        )
+        return Gradients(dq, dk, dv, _row_delta(returned[library.softmax_d_index], q, k, params, varlen))
+
+
+def _lengths(varlen: Varlen | None) -> dict[str, Any]:
+    if varlen is None:
+        return {}
+    return {
+        "cu_seqlens_q": varlen.cu_seqlens_q,
+        "cu_seqlens_k": varlen.cu_seqlens_k,
+        "max_seqlen_q": varlen.max_seqlen_q,
+        "max_seqlen_k": varlen.max_seqlen_k,
+    }
+
+
+def _mask(params: AttentionParams) -> dict[str, Any]:
+    return {
+        "softmax_scale": params.softmax_scale,
+        "is_causal": params.causal,
+        "window_size_left": params.window_size[0],
+        "window_size_right": params.window_size[1],
+        "softcap": params.softcap,
+    }
+
+
+def _row_delta(softmax_d: Tensor, q: Tensor, k: Tensor, params: AttentionParams, varlen: Varlen | None) -> RowDelta | None:
+    """softmax_d with its layout, or None if its padding is not the one that we know (delta is then computed from out)."""
+    if varlen is None:
+        return RowDelta(softmax_d, q.shape[1])
+    block = backward_block(q.shape[-1], varlen.max_seqlen_q, varlen.max_seqlen_k, params)
+    documents = varlen.cu_seqlens_q.numel() - 1
+    padded = -(-(q.shape[0] + documents * block) // block) * block
+    return RowDelta(softmax_d, q.shape[0], block, varlen.cu_seqlens_q) if softmax_d.shape[1] == padded else None
+
+
+def backward_block(head_dim: int, max_seqlen_q: int, max_seqlen_k: int, params: AttentionParams) -> int:
+    """Query rows a block of FA3's sm_90 backward, to whose multiples softmax_d pads each document (hopper/flash_api.cpp)."""
+    left, right = params.window_size
+    left = -1 if left >= max_seqlen_k - 1 else left
+    right = -1 if right >= max_seqlen_q - 1 and not params.causal else right
+    causal = left < 0 and right == 0
+    if head_dim <= 64:
+        return 96 if causal and params.softcap > 0 else 128
+    if 96 < head_dim <= 128:
+        return 64 if left >= 0 or right >= 0 or params.softcap > 0 else 80
+    return 64
+
+
+@functools.cache
+def _library() -> _Library:
+    """Find and load the operators once a process, or raise _NotUsable with every place that was tried."""
+    source, softcap = _load()
+    forward, backward = torch.ops.flash_attn_3.fwd, torch.ops.flash_attn_3.bwd
+    for operator, needed in ((forward, _FORWARD_ARGUMENTS), (backward, _BACKWARD_ARGUMENTS)):
+        known = {argument.name for argument in operator.default._schema.arguments}
+        if missing := [name for name in needed if name not in known]:
+            raise _NotUsable(f"{operator} of {source} lacks the arguments {', '.join(missing)}: {operator.default._schema}")
+    returns = backward.default._schema.returns
+    if len(returns) not in (5, 8):
+        raise _NotUsable(f"bwd of {source} returns {len(returns)} tensors; 5 or 8 are known: {backward.default._schema}")
+    return _Library(source, forward.default, backward.default, len(returns) - 5, softcap)
+
+
+def _load() -> tuple[str, bool]:
+    """Register torch.ops.flash_attn_3; returns where from and whether softcap was compiled in."""
+    if hasattr(torch.ops.flash_attn_3, "fwd") and hasattr(torch.ops.flash_attn_3, "bwd"):
+        return "operators registered by another package", not _is_xformers_loaded()
+    if importlib.util.find_spec("flash_attn_3") is not None:
+        try:
+            importlib.import_module("flash_attn_3._C")
+        except ImportError as error:
+            raise _NotUsable(f"flash_attn_3 is installed but does not load: {error}") from error
+        return f"flash_attn_3 {_version('flash-attn-3') or _version('flash_attn_3') or ''}".rstrip(), True
+    spec = importlib.util.find_spec("xformers")
+    if spec is None or not spec.submodule_search_locations:
+        raise _NotUsable(f"neither flash_attn_3 nor xformers is installed; {INSTALL_HINT}")
+    extension = Path(next(iter(spec.submodule_search_locations))) / "flash_attn_3" / "_C.so"
+    if not extension.is_file():
+        raise _NotUsable(f"this xformers has no flash_attn_3/_C.so (0.0.34 has); {INSTALL_HINT}")
+    try:
+        _preload_cuda_runtime_12()
+        torch.ops.load_library(str(extension))
+    except OSError as error:
+        raise _NotUsable(f"the FlashAttention-3 extension of xformers does not load: {error}; {INSTALL_HINT}") from error
+    return f"xformers {_version('xformers') or ''}".rstrip(), False
+
+
+def _preload_cuda_runtime_12() -> None:
+    """Load libcudart.so.12, which xformers' extension links to, from nvidia-cuda-runtime-cu12 if that is installed."""
+    for folder in sys.path:
+        runtime = Path(folder) / "nvidia" / "cuda_runtime" / "lib" / "libcudart.so.12"
+        if runtime.is_file():
+            ctypes.CDLL(str(runtime), mode=ctypes.RTLD_GLOBAL)
+            return
+
+
+def _is_xformers_loaded() -> bool:
+    return any("xformers" in path for path in torch.ops.loaded_libraries)
+
+
+def _version(distribution: str) -> str | None:
+    try:
+        return metadata.version(distribution)
+    except metadata.PackageNotFoundError:
+        return None

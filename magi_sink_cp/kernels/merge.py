@@ -1,0 +1,192 @@
+"""Merge partial attention results and add the sink, once: one Triton kernel, and its torch twin for CPU tensors.
+
+For partials A of disjoint key sets and sink logits z_j (``sh``: (s_sink, H), shared by the rows; ``ssh``: a logit per row):
+
+    lse = log(Σ_A exp lse_A + Σ_j exp z_j),    out = Σ_A exp(lse_A - lse) · out_A
+
+The maximum over every term, the sink included, is taken before any exp. With one partial this is the single-device sink
+correction: one read and one write of out. A row that no partial covers, or that saw no key, has out = 0.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from magi_sink_cp.kernels.protocol import Partial, stat_dtype
+from magi_sink_cp.kernels.triton_support import tl, triton
+
+# The largest number of partials one launch takes; a schedule with more folds them into an fp32 partial as it goes.
+MAX_PARTIALS = 4
+
+
+def merge(
+    partials: Sequence[Partial], sink: Tensor | None = None, out: Tensor | None = None, out_dtype: torch.dtype | None = None
+) -> tuple[Tensor, Tensor]:
+    """Merge 1 … MAX_PARTIALS partials, and the sink if given, into (out, lse).
+
+    Args:
+        partials: of disjoint keys; each covers the rows ``start … start + its rows`` of the result.
+        sink: fp32, bf16 or fp16 logits, (s_sink, H) or per row (B, T, s_sink, H) / (T, s_sink, H); None adds none.
+        out: where to write, (B, T, H, D) or (T, H, D). It may be the memory of the first partial at the same rows. Default:
+            the first partial's own ``out`` and ``lse`` are overwritten if it covers all rows in ``out_dtype``, else new.
+        out_dtype: of the result; default that of ``out``, or of the first partial.
+
+    Returns:
+        out, and lse (B, H, T) or (H, T) in fp32 (fp64 for fp64 partials).
+    """
+    if not 1 <= len(partials) <= MAX_PARTIALS:
+        raise ValueError(f"merge takes 1 to {MAX_PARTIALS} partials, got {len(partials)}")
+    first = partials[0]
+    out_dtype = out_dtype or (first.out.dtype if out is None else out.dtype)
+    rows = max(p.start + p.out.shape[-3] for p in partials) if out is None else out.shape[-3]
+    covers_all = first.start == 0 and first.out.shape[-3] == rows
+    if len(partials) == 1 and sink is None and covers_all and out is None and out_dtype == first.out.dtype:
+        return first.out, first.lse
+    lse = first.lse if covers_all else first.lse.new_empty(*first.lse.shape[:-1], rows)
+    if out is None:
+        in_place = covers_all and out_dtype == first.out.dtype
+        out = first.out if in_place else first.out.new_empty(*first.out.shape[:-3], rows, *first.out.shape[-2:], dtype=out_dtype)
+    if out.numel() or lse.numel():
+        (merge_triton if out.is_cuda else merge_torch)(partials, sink, out, lse)
+    return out, lse
+
+
+def merge_torch(partials: Sequence[Partial], sink: Tensor | None, out: Tensor, lse: Tensor) -> None:
+    """The torch twin: same arguments and same result as :func:`merge_triton`."""
+    dtype, rows = stat_dtype(out.dtype), out.shape[-3]
+    spans = [slice(p.start, p.start + p.out.shape[-3]) for p in partials]
+    terms = []
+    for partial, span in zip(partials, spans, strict=True):
+        term = lse.new_full(lse.shape, float("-inf"))
+        term[..., span] = partial.lse
+        terms.append(term)
+    if sink is not None:
+        logits = torch.logsumexp(sink.to(dtype), dim=-2)  # (H,) or (…, T, H)
+        terms.append((logits.unsqueeze(-1) if sink.dim() == 2 else logits.transpose(-1, -2)).expand_as(lse))
+    merged = torch.logsumexp(torch.stack(terms), dim=0)
+    peak = merged.masked_fill(merged == float("-inf"), 0.0)
+    total = out.new_zeros(out.shape, dtype=dtype)
+    for partial, span, term in zip(partials, spans, terms, strict=False):
+        weight = torch.exp(term - peak)[..., span].transpose(-1, -2).unsqueeze(-1)
+        total[..., span, :, :] += partial.out.to(dtype) * weight
+    assert total.shape[-3] == rows
+    out.copy_(total)
+    lse.copy_(merged)
+
+
+def merge_triton(partials: Sequence[Partial], sink: Tensor | None, out: Tensor, lse: Tensor) -> None:
+    """Launch the Triton kernel: a program is a block of rows of one head; out may alias the first partial's rows."""
+    batch = out.shape[0] if out.dim() == 4 else 1
+    rows, heads, head_dim = out.shape[-3:]
+    block_dim = triton.next_power_of_2(head_dim)
+    # 16 KiB of fp32 accumulator a program: measured on the H200, larger spills and smaller is bound by launch rate.
+    block_rows = max(1, min(64, 4096 // block_dim))
+    grid = (heads * triton.cdiv(rows, block_rows) * batch,)
+    _merge_kernel[grid](
+        tuple(p.out for p in partials),
+        tuple(p.lse for p in partials),
+        tuple(p.start for p in partials),
+        tuple(p.start + p.out.shape[-3] for p in partials),
+        tuple(out_strides(p.out) for p in partials),
+        tuple(lse_strides(p.lse) for p in partials),
+        out,
+        lse,
+        sink,
+        out_strides(out),
+        lse_strides(lse),
+        sink_strides(sink),
+        rows,
+        heads,
+        0 if sink is None else sink.shape[-2],
+        NUM_PARTIALS=len(partials),
+        HEAD_DIM=head_dim,
+        BLOCK_DIM=block_dim,
+        BLOCK_ROWS=block_rows,
+    )
+
+
+def out_strides(x: Tensor) -> tuple[int, int, int]:
+    """(batch, row, head) strides of (B, T, H, D) or (T, H, D); the last dimension is dense."""
+    return (x.stride(0) if x.dim() == 4 else 0, x.stride(-3), x.stride(-2))
+
+
+def lse_strides(x: Tensor) -> tuple[int, int]:
+    """(batch, head) strides of (B, H, T) or (H, T); rows are dense."""
+    return (x.stride(0) if x.dim() == 3 else 0, x.stride(-2))
+
+
+def sink_strides(sink: Tensor | None) -> tuple[int, int, int, int]:
+    """(batch, row, sink, head) strides; batch and row are 0 for the shared layout ``sh``."""
+    if sink is None:
+        return (0, 0, 0, 0)
+    return (sink.stride(0) if sink.dim() == 4 else 0, sink.stride(-3) if sink.dim() > 2 else 0, sink.stride(-2), sink.stride(-1))
+
+
+# A new token or sink count must not compile the kernel again.
+@triton.jit(do_not_specialize=["num_rows", "num_sinks"])
+def _merge_kernel(
+    outs,  # per partial (B, rows, H, D), any float dtype
+    lses,  # per partial (B, H, rows), fp32
+    starts,
+    stops,
+    outs_strides,
+    lses_strides,
+    out_ptr,  # (B, T, H, D)
+    lse_ptr,  # (B, H, T), fp32
+    sink_ptr,  # (…, s_sink, H) or None
+    out_stride,
+    lse_stride,
+    sink_stride,
+    num_rows,
+    num_heads,
+    num_sinks,
+    NUM_PARTIALS: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    BLOCK_DIM: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr,
+):
+    # Heads vary fastest, so that programs that run together read neighbouring memory.
+    head = (tl.program_id(0) % num_heads).to(tl.int64)
+    block = tl.program_id(0) // num_heads
+    batch = (block // tl.cdiv(num_rows, BLOCK_ROWS)).to(tl.int64)
+    row = (block % tl.cdiv(num_rows, BLOCK_ROWS)).to(tl.int64) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
+    dim = tl.arange(0, BLOCK_DIM)
+    inside = row < num_rows
+
+    peak = tl.full([BLOCK_ROWS], float("-inf"), tl.float32)
+    for i in tl.static_range(NUM_PARTIALS):
+        covered = inside & (row >= starts[i]) & (row < stops[i])
+        at = lses[i] + batch * lses_strides[i][0] + head * lses_strides[i][1] + row - starts[i]
+        peak = tl.maximum(peak, tl.load(at, mask=covered, other=float("-inf")))
+    if sink_ptr is not None:
+        sink_at = sink_ptr + batch * sink_stride[0] + row * sink_stride[1] + head * sink_stride[3]
+        for j in range(num_sinks):
+            logit = tl.load(sink_at + j * sink_stride[2], mask=inside, other=float("-inf")).to(tl.float32)
+            peak = tl.maximum(peak, logit)
+    peak = tl.where(peak == float("-inf"), 0.0, peak)
+
+    total = tl.zeros([BLOCK_ROWS], tl.float32)
+    merged = tl.zeros([BLOCK_ROWS, BLOCK_DIM], tl.float32)
+    for i in tl.static_range(NUM_PARTIALS):
+        covered = inside & (row >= starts[i]) & (row < stops[i])
+        at = lses[i] + batch * lses_strides[i][0] + head * lses_strides[i][1] + row - starts[i]
+        weight = tl.exp(tl.load(at, mask=covered, other=float("-inf")) - peak)
+        total += weight
+        first = outs[i] + batch * outs_strides[i][0] + head * outs_strides[i][2]
+        here = first + (row - starts[i])[:, None] * outs_strides[i][1] + dim[None, :]
+        value = tl.load(here, mask=(weight > 0)[:, None] & (dim < HEAD_DIM)[None, :], other=0.0)
+        merged += weight[:, None] * value.to(tl.float32)
+    if sink_ptr is not None:
+        sink_at = sink_ptr + batch * sink_stride[0] + row * sink_stride[1] + head * sink_stride[3]
+        for j in range(num_sinks):
+            logit = tl.load(sink_at + j * sink_stride[2], mask=inside, other=float("-inf")).to(tl.float32)
+            total += tl.exp(logit - peak)
+
+    merged = merged / tl.where(total == 0, 1.0, total)[:, None]
+    at = out_ptr + batch * out_stride[0] + row[:, None] * out_stride[1] + head * out_stride[2] + dim[None, :]
+    tl.store(at, merged.to(out_ptr.dtype.element_ty), mask=inside[:, None] & (dim < HEAD_DIM)[None, :])
+    # log(0) = -inf: a row with neither a key nor a sink.
+    tl.store(lse_ptr + batch * lse_stride[0] + head * lse_stride[1] + row, peak + tl.log(total), mask=inside)

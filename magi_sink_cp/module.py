@@ -1,0 +1,100 @@
+"""SinkAttention: the sink parameter as a module, on one device or across ranks."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from magi_sink_cp.attention import attention_with_sink
+from magi_sink_cp.dist.attention import DSINK_REDUCTIONS, cp_attention_with_sink
+from magi_sink_cp.dist.plan import CPPlan
+
+
+class SinkAttention(nn.Module):
+    """Owns ``num_sinks`` learnable sink logits per head, shared by all rows (layout "sh"), and computes attention with them.
+
+    Args:
+        num_heads: query heads h.
+        num_sinks: s_sink >= 1.
+        init_std: the logits start from a normal distribution with this standard deviation (gpt-oss: 0.02).
+        softmax_scale, causal, window_size, softcap, deterministic, backend: as in :func:`magi_sink_cp.attention_with_sink`.
+        dsink_reduce: as in :func:`magi_sink_cp.cp_attention_with_sink`; it has no effect without a plan, where dsink is whole.
+        device, dtype: of the parameter ``sink`` (num_sinks, num_heads); fp32 by default.
+    """
+
+    def __init__(
+        self,
+        num_heads: int,
+        num_sinks: int = 1,
+        *,
+        init_std: float = 0.02,
+        softmax_scale: float | None = None,
+        causal: bool = True,
+        window_size: tuple[int, int] = (-1, -1),
+        softcap: float = 0.0,
+        deterministic: bool = False,
+        dsink_reduce: str = "none",
+        backend: str = "auto",
+        device: torch.device | str | None = None,
+        dtype: torch.dtype = torch.float32,
+    ) -> None:
+        super().__init__()
+        for name, value in (("num_heads", num_heads), ("num_sinks", num_sinks)):
+            if not isinstance(value, int) or value < 1:
+                raise ValueError(f"{name} must be an int >= 1, got {value!r}")
+        if dsink_reduce not in DSINK_REDUCTIONS:
+            raise ValueError(f"dsink_reduce must be one of {DSINK_REDUCTIONS}, got {dsink_reduce!r}")
+        self.init_std = init_std
+        self.dsink_reduce = dsink_reduce
+        self.options: dict[str, Any] = {
+            "softmax_scale": softmax_scale,
+            "causal": causal,
+            "window_size": window_size,
+            "softcap": softcap,
+            "deterministic": deterministic,
+            "backend": backend,
+        }
+        self.sink = nn.Parameter(torch.empty(num_sinks, num_heads, device=device, dtype=dtype))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Draw the logits anew."""
+        nn.init.normal_(self.sink, std=self.init_std)
+
+    def forward(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        *,
+        plan: CPPlan | None = None,
+        cu_seqlens_q: Tensor | None = None,
+        cu_seqlens_k: Tensor | None = None,
+        max_seqlen_q: int | None = None,
+        max_seqlen_k: int | None = None,
+        return_lse: bool = False,
+    ) -> Tensor | tuple[Tensor, Tensor]:
+        """With ``plan``, cp_attention_with_sink on local tokens; else attention_with_sink, dense or packed.
+
+        Raises:
+            ValueError: cu_seqlens or max_seqlen beside a plan, which already knows the documents.
+        """
+        lengths = {
+            "cu_seqlens_q": cu_seqlens_q,
+            "cu_seqlens_k": cu_seqlens_k,
+            "max_seqlen_q": max_seqlen_q,
+            "max_seqlen_k": max_seqlen_k,
+        }
+        if plan is None:
+            return attention_with_sink(q, k, v, self.sink, return_lse=return_lse, **lengths, **self.options)
+        if given := [name for name, value in lengths.items() if value is not None]:
+            raise ValueError(f"plan already holds the documents; got {', '.join(given)} beside it. Pass them to make_cp_plan")
+        return cp_attention_with_sink(
+            q, k, v, self.sink, plan=plan, dsink_reduce=self.dsink_reduce, return_lse=return_lse, **self.options
+        )
+
+    def extra_repr(self) -> str:
+        num_sinks, num_heads = self.sink.shape
+        return f"num_heads={num_heads}, num_sinks={num_sinks}, " + ", ".join(f"{k}={v}" for k, v in self.options.items())
