@@ -28,14 +28,21 @@ def without_sink(case: Case) -> Case:
     return Case(**{**vars(case), "sink": None})
 
 
-def check(case: Case, backend: str, factor: float = 2.0) -> None:
-    arguments: dict = {"backend": backend}
+def run_on(case: Case, backend: str) -> dict[str, torch.Tensor]:
+    offsets = {}
     if case.q.dim() == 3:
         for name, values in (("cu_seqlens_q", case.cu_seqlens_q), ("cu_seqlens_k", case.cu_seqlens_k)):
-            arguments[name] = torch.tensor(values, dtype=torch.int32, device=case.q.device)
+            offsets[name] = torch.tensor(values, dtype=torch.int32, device=case.q.device)
+    return run(attention_with_sink, case, backend=backend, **offsets)
+
+
+def plain_errors(case: Case, backend: str) -> dict[str, float]:
     plain_case = Case(**{**vars(without_sink(case)), "dlse": None})
-    plain = errors(run(attention_with_sink, plain_case, **arguments), truth(plain_case))
-    assert_within_plain(run(attention_with_sink, case, **arguments), truth(case), plain, factor)
+    return errors(run_on(plain_case, backend), truth(plain_case))
+
+
+def check(case: Case, backend: str) -> None:
+    assert_within_plain(run_on(case, backend), truth(case), plain_errors(case, backend))
 
 
 MASKS = {
@@ -90,9 +97,11 @@ def test_head_dims(backend, head_dim, packed, causal):
 @pytest.mark.parametrize("causal", [False, True])
 def test_lengths_and_rows_without_a_key(backend, sizes, causal):
     case = make_case([sizes[0]], [sizes[1]], batch=1, heads=4, heads_kv=4, head_dim=64, dtype=torch.bfloat16, device="cuda", causal=causal)
-    check(case, backend)
-    plain = run(attention_with_sink, without_sink(case), backend=backend)
-    assert not any(value.isnan().any() for value in plain.values())
+    # A row that sees one key is exact without a sink (out = v, dq = 0) and is not with one: the kernel's error is then that of 64 keys.
+    usual = make_case([64], [64], batch=1, heads=4, heads_kv=4, head_dim=64, dtype=torch.bfloat16, device="cuda", causal=causal)
+    plain, usual_plain = plain_errors(case, backend), plain_errors(usual, backend)
+    bound = {name: max(plain[name], usual_plain[name]) for name in plain}
+    assert_within_plain(run_on(case, backend), truth(case), bound)
 
 
 @pytest.mark.parametrize("value", [-1e4, float("-inf"), -30.0, 100.0])

@@ -1,0 +1,231 @@
+"""Benchmarks on GPUs, written as CSV.
+
+    python scripts/bench.py kernel --out docs/benchmarks
+    torchrun --nproc-per-node 2 scripts/bench.py dist --out docs/benchmarks
+
+``kernel``: attention_with_sink beside plain FlashAttention-3 and one read+write pass over out. ``dist``: cp_attention_with_sink beside
+one GPU's FlashAttention-3 without a sink on the whole sequence, divided by the number of ranks.
+
+What is compared runs alternately in one process, after warm-up; a row holds the median and the 20% and 80% quantiles of all rounds. An
+overhead is the median of the differences within a round, so that clocks and neighbours that change over time cancel.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import datetime
+import os
+import shlex
+import statistics
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import triton
+from torch import Tensor
+
+from magi_sink_cp import attention_with_sink, cp_attention_with_sink, make_cp_plan
+from magi_sink_cp.kernels.inputs import make_params
+from magi_sink_cp.kernels.protocol import Backend
+from magi_sink_cp.kernels.registry import select_backend
+
+HEADS, HEADS_KV = 64, 8
+KERNEL_SHAPES = ((4, 2048), (2, 4096), (1, 8192), (1, 16384), (1, 32768))  # (batch, tokens)
+DIST_TOKENS = (8192, 16384, 32768, 65536, 131072)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("what", choices=["kernel", "dist"])
+    parser.add_argument("--out", type=Path, required=True, help="folder of the CSV")
+    parser.add_argument("--backend", default="fa3", help="kernels on both sides of the comparison")
+    parser.add_argument("--rounds", type=int, default=60, help="rounds per shape (fewer for shapes that take long)")
+    parser.add_argument("--commit", help="commit to record (default: asks git)")
+    args = parser.parse_args()
+    if not torch.cuda.is_available():
+        print("bench.py needs a CUDA GPU: absolute times of another device say nothing here", file=sys.stderr)
+        return 2
+    rows = bench_kernel(args) if args.what == "kernel" else bench_dist(args)
+    if rows:
+        write(args, rows)
+    return 0
+
+
+# --- One device -----------------------------------------------------------------------------------------------------------------
+
+
+class PlainAttention(torch.autograd.Function):
+    """The backend's own forward and backward and nothing else: what flash_attn_func does."""
+
+    @staticmethod
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, backend: Backend) -> Tensor:
+        ctx.backend, ctx.params = backend, make_params(q, None, True, (-1, -1), 0.0, False)
+        partial = backend.forward(q, k, v, ctx.params)
+        ctx.save_for_backward(q, k, v, partial.out, partial.lse)
+        return partial.out
+
+    @staticmethod
+    def backward(ctx: Any, dout: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
+        grads = ctx.backend.backward(dout, *ctx.saved_tensors, ctx.params)
+        return grads.dq, grads.dk, grads.dv, None
+
+
+def bench_kernel(args: argparse.Namespace) -> list[dict[str, Any]]:
+    rows = []
+    for head_dim in (128, 64):
+        for batch, tokens in KERNEL_SHAPES:
+            q, k, v, dout, sink = draw((batch, tokens), head_dim, "cuda")
+            backend = select_backend(args.backend, q, make_params(q, None, True, (-1, -1), 0.0, False))
+            functions: dict[str, Callable[[], Tensor]] = {
+                "plain": lambda q=q, k=k, v=v, backend=backend: PlainAttention.apply(q, k, v, backend),  # type: ignore[misc]
+                "sink": lambda q=q, k=k, v=v, sink=sink: attention_with_sink(q, k, v, sink, causal=True, backend=args.backend),  # type: ignore[misc]
+            }
+            leaves = {"plain": (q, k, v), "sink": (q, k, v, sink)}
+            graphs = {name: function() for name, function in functions.items()}
+            work: dict[str, Callable[[], Any]] = {f"forward {name}": function for name, function in functions.items()}
+            for name, out in graphs.items():
+                work[f"backward {name}"] = lambda out=out, name=name: torch.autograd.grad(out, leaves[name], dout, retain_graph=True)  # type: ignore[misc]
+            buffer = torch.empty_like(q)
+            work["pass over out"] = lambda buffer=buffer: buffer.mul_(1.0)  # type: ignore[misc]
+            times = measure(work, rounds_for(args, batch * tokens * tokens))
+            pass_us = statistics.median(times["pass over out"])
+            shape = {"batch": batch, "tokens": tokens, "heads": HEADS, "heads_kv": HEADS_KV, "head_dim": head_dim}
+            for name, values in times.items():
+                rows.append({**shape, "measured": name, **summary(values)})
+            for phase in ("forward", "backward"):
+                extra = [a - b for a, b in zip(times[f"{phase} sink"], times[f"{phase} plain"], strict=True)]
+                plain = statistics.median(times[f"{phase} plain"])
+                over = statistics.median(extra)
+                row = {**shape, "measured": f"{phase} overhead", **summary(extra), "percent_of_plain": 100 * over / plain}
+                rows.append({**row, "passes_over_out": over / pass_us})
+                print(f"d {head_dim:3d} {batch}×{tokens:6d} {phase:8s} plain {plain:9.1f} µs, overhead {over:6.1f} µs = "
+                      f"{100 * over / plain:5.2f}% = {over / pass_us:4.2f} passes over out", flush=True)  # fmt: skip
+    return rows
+
+
+# --- Ranks ----------------------------------------------------------------------------------------------------------------------
+
+
+def bench_dist(args: argparse.Namespace) -> list[dict[str, Any]]:
+    if "LOCAL_RANK" not in os.environ:
+        raise SystemExit("bench.py dist runs under torchrun: torchrun --nproc-per-node 2 scripts/bench.py dist --out DIR")
+    torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    dist.init_process_group("nccl")
+    group = dist.group.WORLD
+    assert group is not None
+    rank, ranks = dist.get_rank(), dist.get_world_size()
+    rows, head_dim = [], 128
+    for tokens in DIST_TOKENS:
+        whole_q, whole_k, whole_v, whole_dout, _ = draw((1, tokens), head_dim, "cuda")
+        q, k, v, dout, sink = draw((tokens // ranks,), head_dim, "cuda")
+        plan = make_cp_plan(tokens, group=group)
+        backend = select_backend(args.backend, q, make_params(q, None, True, (-1, -1), 0.0, False))
+        functions: dict[str, Callable[[], Any]] = {
+            "plain": lambda: PlainAttention.apply(whole_q, whole_k, whole_v, backend),
+            "cp": lambda: cp_attention_with_sink(q, k, v, sink, plan=plan, backend=args.backend),
+        }
+        leaves, douts = {"plain": (whole_q, whole_k, whole_v), "cp": (q, k, v, sink)}, {"plain": whole_dout, "cp": dout}
+        work: dict[str, Callable[[], Any]] = {}
+        for name, function in functions.items():
+            work[f"forward {name}"] = torch.no_grad()(function)
+            work[f"forward+backward {name}"] = lambda name=name, function=function: torch.autograd.grad(  # type: ignore[misc]
+                function(), leaves[name], douts[name]
+            )
+        times = measure(work, rounds_for(args, tokens * tokens), before_each=dist.barrier)
+        # A step ends when the last rank does.
+        slowest = torch.tensor([times[name] for name in work], device="cuda")
+        dist.all_reduce(slowest, op=dist.ReduceOp.MAX)
+        for name, values in zip(work, slowest.tolist(), strict=True):
+            times[name] = values
+        shape = {"batch": 1, "tokens": tokens, "heads": HEADS, "heads_kv": HEADS_KV, "head_dim": head_dim, "ranks": ranks}
+        for name, values in times.items():
+            rows.append({**shape, "measured": name, **summary(values)})
+        for phase in ("forward", "forward+backward"):
+            ideal = statistics.median(times[f"{phase} plain"]) / ranks
+            ours = statistics.median(times[f"{phase} cp"])
+            rows.append({**shape, "measured": f"{phase} efficiency", "percent_of_plain": 100 * ideal / ours})
+            if rank == 0:
+                print(f"{tokens:6d} tokens {phase:16s} one GPU ÷ {ranks} {ideal / 1e3:8.3f} ms, ours {ours / 1e3:8.3f} ms = {100 * ideal / ours:5.1f}%", flush=True)
+    dist.destroy_process_group()
+    return rows if rank == 0 else []
+
+
+# --- Measuring and writing ------------------------------------------------------------------------------------------------------
+
+
+def draw(leading: tuple[int, ...], head_dim: int, device: str) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """q, k, v, dout in bf16 and one sink per head, random."""
+    sizes = (HEADS, HEADS_KV, HEADS_KV, HEADS)
+    q, k, v, dout = (torch.randn(*leading, heads, head_dim, device=device, dtype=torch.bfloat16) for heads in sizes)
+    sink = torch.randn(1, HEADS, device=device)
+    for x in (q, k, v, sink):
+        x.requires_grad_()
+    return q, k, v, dout, sink
+
+
+def rounds_for(args: argparse.Namespace, pairs: int) -> int:
+    """Fewer rounds where one takes long: a round of 32k tokens counts as 8 of 8k or less."""
+    return max(10, int(args.rounds / max(1.0, pairs / (4 * 8192**2))))
+
+
+def measure(work: dict[str, Callable[[], Any]], rounds: int, before_each: Callable[[], Any] | None = None) -> dict[str, list[float]]:
+    """Microseconds on the GPU of each piece of work, alternating, one value a round."""
+    for _ in range(3):
+        for function in work.values():
+            function()
+    torch.cuda.synchronize()
+    events: dict[str, list[tuple[torch.cuda.Event, torch.cuda.Event]]] = {name: [] for name in work}
+    for _ in range(rounds):
+        for name, function in work.items():
+            if before_each is not None:
+                before_each()
+            start, stop = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+            start.record()
+            function()
+            stop.record()
+            events[name].append((start, stop))
+    torch.cuda.synchronize()
+    return {name: [1e3 * start.elapsed_time(stop) for start, stop in pairs] for name, pairs in events.items()}
+
+
+def summary(values: list[float]) -> dict[str, float]:
+    """Median and the 20% and 80% quantiles, in µs, and how many values."""
+    quantiles = statistics.quantiles(values, n=5)
+    return {"median_us": statistics.median(values), "p20_us": quantiles[0], "p80_us": quantiles[3], "rounds": len(values)}
+
+
+def write(args: argparse.Namespace, rows: list[dict[str, Any]]) -> None:
+    """One CSV, every row with where it comes from."""
+    commit = args.commit
+    if commit is None:
+        result = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, cwd=Path(__file__).parent)
+        commit = result.stdout.strip() or "unknown"
+    probe = torch.empty(1, 1, 1, 64, device="cuda", dtype=torch.bfloat16)
+    backend = select_backend(args.backend, probe, make_params(probe, None, True, (-1, -1), 0.0, False))
+    origin = {
+        "backend": backend.describe(),
+        "gpu": torch.cuda.get_device_name(),
+        "torch": torch.__version__,
+        "triton": triton.__version__,
+        "commit": commit,
+        "date": datetime.date.today().isoformat(),
+        "command": "python " + shlex.join(sys.argv[:2]),
+    }
+    columns = "batch tokens heads heads_kv head_dim ranks measured median_us p20_us p80_us rounds percent_of_plain passes_over_out".split()
+    args.out.mkdir(parents=True, exist_ok=True)
+    with (args.out / f"{args.what}.csv").open("w", newline="") as file:
+        writer = csv.DictWriter(file, [*columns, *origin], restval="")
+        writer.writeheader()
+        for row in rows:
+            rounded = {name: f"{value:.4g}" if isinstance(value, float) else value for name, value in row.items()}
+            writer.writerow({**rounded, **origin})
+    print(f"wrote {args.out / args.what}.csv")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

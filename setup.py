@@ -1,0 +1,40 @@
+"""Packages and dependencies; tools are configured in pyproject.toml."""
+
+import re
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+HERE = Path(__file__).parent
+VERSION = re.search(r'__version__ = "(.+)"', (HERE / "magi_sink_cp" / "__init__.py").read_text()).group(1)
+
+TEST = [
+    "hypothesis>=6.100",
+    "matplotlib>=3.7",
+    "numpy>=1.24",  # Triton's interpreter
+    "pytest>=8",
+    "pytest-timeout>=2.2",
+    "setuptools>=77",
+    "tqdm>=4.60",
+    "triton>=3.4; platform_system == 'Linux'",
+    "wheel",
+]
+
+setup(
+    name="magi-sink-cp",
+    version=VERSION,
+    description="Attention with learnable sinks, exact, on one device and across context-parallel ranks",
+    long_description=(HERE / "README.md").read_text(),
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    packages=find_packages(include=["magi_sink_cp", "magi_sink_cp.*"]),
+    package_data={"magi_sink_cp": ["py.typed"]},
+    python_requires=">=3.10",
+    install_requires=["torch>=2.6"],
+    extras_require={
+        # Hopper only. xformers 0.0.34 holds FlashAttention-3 but pins torch 2.10: with another torch, install it with --no-deps.
+        "fa3": ["xformers==0.0.34", "nvidia-cuda-runtime-cu12>=12.8,<13"],
+        "test": TEST,
+        "dev": [*TEST, "mypy>=1.15", "ruff>=0.11"],
+    },
+)
