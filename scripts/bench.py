@@ -6,7 +6,7 @@
 ``kernel``: attention_with_sink beside plain FlashAttention-3 and one read+write pass over out. ``dist``: cp_attention_with_sink beside
 one GPU's FlashAttention-3 without a sink on the whole sequence, divided by the number of ranks.
 
-What is compared runs alternately in one process, after warm-up; a row holds the median and the 20% and 80% quantiles of all rounds. An
+What is compared runs in turns in one process, in both orders, after warm-up; a row holds the median and the 20% and 80% quantiles of all rounds. An
 overhead is the median of the differences within a round, so that clocks and neighbours that change over time cancel.
 """
 
@@ -87,12 +87,15 @@ def bench_kernel(args: argparse.Namespace) -> list[dict[str, Any]]:
             }
             leaves = {"plain": (q, k, v), "sink": (q, k, v, sink)}
             graphs = {name: function() for name, function in functions.items()}
-            work: dict[str, Callable[[], Any]] = {f"forward {name}": function for name, function in functions.items()}
-            for name, out in graphs.items():
-                work[f"backward {name}"] = lambda out=out, name=name: torch.autograd.grad(out, leaves[name], dout, retain_graph=True)  # type: ignore[misc]
-            buffer = torch.empty_like(q)
-            work["pass over out"] = lambda buffer=buffer: buffer.mul_(1.0)  # type: ignore[misc]
-            times = measure(work, rounds_for(args, batch * tokens * tokens))
+            backwards: dict[str, Callable[[], Any]] = {
+                name: lambda out=out, name=name: torch.autograd.grad(out, leaves[name], dout, retain_graph=True)  # type: ignore[misc]
+                for name, out in graphs.items()
+            }
+            buffer = torch.empty_like(q).detach()
+            rounds = rounds_for(args, batch * tokens * tokens)
+            times = measure({"pass over out": lambda buffer=buffer: buffer.mul_(1.0)}, args.rounds)  # type: ignore[misc]
+            for phase, work in (("forward", functions), ("backward", backwards)):
+                times |= {f"{phase} {name}": values for name, values in measure(work, rounds).items()}
             pass_us = statistics.median(times["pass over out"])
             shape = {"batch": batch, "tokens": tokens, "heads": HEADS, "heads_kv": HEADS_KV, "head_dim": head_dim}
             for name, values in times.items():
@@ -136,7 +139,8 @@ def bench_dist(args: argparse.Namespace) -> list[dict[str, Any]]:
             work[f"forward+backward {name}"] = lambda name=name, function=function: torch.autograd.grad(  # type: ignore[misc]
                 function(), leaves[name], douts[name]
             )
-        times = measure(work, rounds_for(args, tokens * tokens), before_each=dist.barrier)
+        token = torch.zeros(1, device="cuda")
+        times = measure(work, rounds_for(args, tokens * tokens), before_each=lambda: dist.all_reduce(token))  # type: ignore[misc]
         # A step ends when the last rank does.
         slowest = torch.tensor([times[name] for name in work], device="cuda")
         dist.all_reduce(slowest, op=dist.ReduceOp.MAX)
@@ -174,14 +178,17 @@ def rounds_for(args: argparse.Namespace, pairs: int) -> int:
 
 
 def measure(work: dict[str, Callable[[], Any]], rounds: int, before_each: Callable[[], Any] | None = None) -> dict[str, list[float]]:
-    """Microseconds on the GPU of each piece of work, alternating, one value a round."""
+    """Microseconds on the GPU of each piece of work, one value a round; every other round runs in the opposite order.
+
+    ``before_each`` brings the ranks into step on the GPU, without holding up the host.
+    """
     for _ in range(3):
         for function in work.values():
             function()
     torch.cuda.synchronize()
     events: dict[str, list[tuple[torch.cuda.Event, torch.cuda.Event]]] = {name: [] for name in work}
-    for _ in range(rounds):
-        for name, function in work.items():
+    for number in range(rounds):
+        for name, function in list(work.items())[:: 1 if number % 2 == 0 else -1]:
             if before_each is not None:
                 before_each()
             start, stop = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)

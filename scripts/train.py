@@ -15,6 +15,7 @@ import csv
 import datetime
 import os
 import random
+import statistics
 import sys
 import sysconfig
 import time
@@ -274,7 +275,8 @@ def report(
     print(f"loss {losses[0]:.4f} → {losses[-1]:.4f} in {len(losses)} steps; wrote {folder}/metrics.csv and loss.png")
     if not references:
         return 0
-    difference = largest_difference(losses, references[0])
+    mean = [statistics.fmean(step) for step in zip(*references, strict=True)]
+    difference = largest_difference(losses, mean)
     if device.type == "cuda" and args.dtype == "bfloat16":
         spread = max(largest_difference(a, b) for i, a in enumerate(references) for b in references[:i])
         bound, what = 2 * spread, f"twice the run-to-run spread of one rank, {spread:.2e}"

@@ -97,11 +97,12 @@ def test_head_dims(backend, head_dim, packed, causal):
 @pytest.mark.parametrize("causal", [False, True])
 def test_lengths_and_rows_without_a_key(backend, sizes, causal):
     case = make_case([sizes[0]], [sizes[1]], batch=1, heads=4, heads_kv=4, head_dim=64, dtype=torch.bfloat16, device="cuda", causal=causal)
-    # A row that sees one key is exact without a sink (out = v, dq = 0) and is not with one: the kernel's error is then that of 64 keys.
+    # A row that sees one key is exact without a sink (out = v, dq = 0) and is not with one, so the bound is the error on 64 keys. There,
+    # dP - delta does not average over keys what delta has from out's two roundings: √2.
     usual = make_case([64], [64], batch=1, heads=4, heads_kv=4, head_dim=64, dtype=torch.bfloat16, device="cuda", causal=causal)
     plain, usual_plain = plain_errors(case, backend), plain_errors(usual, backend)
     bound = {name: max(plain[name], usual_plain[name]) for name in plain}
-    assert_within_plain(run_on(case, backend), truth(case), bound)
+    assert_within_plain(run_on(case, backend), truth(case), bound, factor=2 * 2**0.5)
 
 
 @pytest.mark.parametrize("value", [-1e4, float("-inf"), -30.0, 100.0])

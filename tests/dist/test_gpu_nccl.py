@@ -21,12 +21,14 @@ def body_within_plain_error(group, device, *, backend: str, lengths: list[int], 
     cu_seqlens = torch.tensor(case.cu_seqlens_q, dtype=torch.int32, device=device)
     plain_run = run(attention_with_sink, plain_case, backend=backend, cu_seqlens_q=cu_seqlens, cu_seqlens_k=cu_seqlens)
     plain = errors(plain_run, truth(plain_case))
-    if max(lengths) <= 4:  # rows that see one key are exact without a sink: take the kernel's error on 64 keys
+    factor = 2.0
+    if max(lengths) <= 4:  # rows that see few keys are nearly exact without a sink: see test_lengths_and_rows_without_a_key
+        factor = 2 * 2**0.5
         usual = make_case([64], [64], heads=8, dtype=torch.bfloat16, device=str(device), **{**case_arguments, "sink_layout": None, "with_dlse": False})
         cu_seqlens = torch.tensor([0, 64], dtype=torch.int32, device=device)
         usual_run = run(attention_with_sink, usual, backend=backend, cu_seqlens_q=cu_seqlens, cu_seqlens_k=cu_seqlens)
         plain = {name: max(plain[name], error) for name, error in errors(usual_run, truth(usual)).items()}
-    assert_within_plain(cp_results(case, group, device, backend=backend), truth(case), plain)
+    assert_within_plain(cp_results(case, group, device, backend=backend), truth(case), plain, factor)
 
 
 @pytest.mark.parametrize("backend", ["fa3", "aten"])
