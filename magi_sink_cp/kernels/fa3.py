@@ -36,7 +36,7 @@ _BACKWARD_ARGUMENTS = (
 ).split()
 
 
-class _NotUsable(Exception):
+class _NotUsableError(Exception):
     """FlashAttention-3 is missing, broken, or of an interface this package does not know; the text says which."""
 
 
@@ -64,7 +64,7 @@ class Fa3Backend(FlashBackend):
             return f"it needs a Hopper GPU (sm_90), and this one is sm_{major}{minor}"
         try:
             _library()
-        except _NotUsable as error:
+        except _NotUsableError as error:
             return str(error)
         return None
 
@@ -143,41 +143,45 @@ def backward_block(head_dim: int, max_seqlen_q: int, max_seqlen_k: int, params: 
 
 @functools.cache
 def _library() -> _Library:
-    """Find and load the operators once a process, or raise _NotUsable with every place that was tried."""
+    """Find and load the operators once a process, or raise _NotUsableError with every place that was tried."""
     source, softcap = _load()
     forward, backward = torch.ops.flash_attn_3.fwd, torch.ops.flash_attn_3.bwd
     for operator, needed in ((forward, _FORWARD_ARGUMENTS), (backward, _BACKWARD_ARGUMENTS)):
         known = {argument.name for argument in operator.default._schema.arguments}
         if missing := [name for name in needed if name not in known]:
-            raise _NotUsable(f"{operator} of {source} lacks the arguments {', '.join(missing)}: {operator.default._schema}")
+            raise _NotUsableError(f"{operator} of {source} lacks the arguments {', '.join(missing)}: {operator.default._schema}")
     returns = backward.default._schema.returns
     if len(returns) not in (5, 8):
-        raise _NotUsable(f"bwd of {source} returns {len(returns)} tensors; 5 or 8 are known: {backward.default._schema}")
+        raise _NotUsableError(f"bwd of {source} returns {len(returns)} tensors; 5 or 8 are known: {backward.default._schema}")
     return _Library(source, forward.default, backward.default, len(returns) - 5, softcap)
 
 
 def _load() -> tuple[str, bool]:
     """Register torch.ops.flash_attn_3; returns where from and whether softcap was compiled in."""
-    if hasattr(torch.ops.flash_attn_3, "fwd") and hasattr(torch.ops.flash_attn_3, "bwd"):
+    if _registered():
         return "operators registered by another package", not _is_xformers_loaded()
     if importlib.util.find_spec("flash_attn_3") is not None:
         try:
             importlib.import_module("flash_attn_3._C")
         except ImportError as error:
-            raise _NotUsable(f"flash_attn_3 is installed but does not load: {error}") from error
+            raise _NotUsableError(f"flash_attn_3 is installed but does not load: {error}") from error
         return f"flash_attn_3 {_version('flash-attn-3') or _version('flash_attn_3') or ''}".rstrip(), True
     spec = importlib.util.find_spec("xformers")
     if spec is None or not spec.submodule_search_locations:
-        raise _NotUsable(f"neither flash_attn_3 nor xformers is installed; {INSTALL_HINT}")
+        raise _NotUsableError(f"neither flash_attn_3 nor xformers is installed; {INSTALL_HINT}")
     extension = Path(next(iter(spec.submodule_search_locations))) / "flash_attn_3" / "_C.so"
     if not extension.is_file():
-        raise _NotUsable(f"this xformers has no flash_attn_3/_C.so (0.0.34 has); {INSTALL_HINT}")
+        raise _NotUsableError(f"this xformers has no flash_attn_3/_C.so (0.0.34 has); {INSTALL_HINT}")
     try:
         _preload_cuda_runtime_12()
         torch.ops.load_library(str(extension))
     except OSError as error:
-        raise _NotUsable(f"the FlashAttention-3 extension of xformers does not load: {error}; {INSTALL_HINT}") from error
+        raise _NotUsableError(f"the FlashAttention-3 extension of xformers does not load: {error}; {INSTALL_HINT}") from error
     return f"xformers {_version('xformers') or ''}".rstrip(), False
+
+
+def _registered() -> bool:
+    return hasattr(torch.ops.flash_attn_3, "fwd") and hasattr(torch.ops.flash_attn_3, "bwd")
 
 
 def _preload_cuda_runtime_12() -> None:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+from unittest import mock
+
 import pytest
 import torch
 import torch.distributed as dist
@@ -9,7 +12,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from magi_sink_cp import cp_attention_with_sink, make_cp_plan
-from tests.dist.ranks import run_on_ranks
+from magi_sink_cp.dist import attention as cp_module
+from magi_sink_cp.kernels.protocol import Partial
+from tests.dist.ranks import run_on_ranks, under_torchrun
 from tests.helpers import Case, assert_close, make_case, run, truth
 
 
@@ -66,3 +71,161 @@ def test_matches_reference(num_ranks, causal, sink_layout, lengths):
     run_on_ranks(
         num_ranks, body_matches_reference, arguments={}, lengths=lengths, causal=causal, sink_layout=sink_layout, s_sink=2, with_dlse=False
     )
+
+
+@pytest.mark.parametrize("num_ranks", [2, 3])
+@pytest.mark.parametrize("options", [{"softcap": 2.0}, {"softmax_scale": 0.3}, {"with_dlse": True}, {"dtype": torch.float64, "tolerance": 1e-12}])
+@pytest.mark.parametrize("sink_layout", ["sh", "ssh"])
+def test_options(num_ranks, options, sink_layout):
+    run_on_ranks(
+        num_ranks, body_matches_reference, arguments={"deterministic": True}, lengths=[30, 11], causal=True, sink_layout=sink_layout, **options
+    )
+
+
+@pytest.mark.parametrize("num_ranks", [1, 2, 4])
+@pytest.mark.parametrize("sink_layout", ["sh", "ssh"])
+@pytest.mark.parametrize("value", [float("-inf"), -1e4, -30.0, 100.0])
+def test_extreme_sinks(num_ranks, sink_layout, value):
+    run_on_ranks(num_ranks, body_extreme_sinks, sink_layout=sink_layout, value=value)
+
+
+def body_extreme_sinks(group, device, *, sink_layout, value) -> None:
+    case = make_case([19, 8], [19, 8], s_sink=2, sink_layout=sink_layout, causal=True)
+    case.sink[..., 0, :] = value
+    case.sink[..., 1, 1] = value
+    assert_close(cp_results(case, group, device), truth(case), 1e-5)
+
+
+@settings(max_examples=40, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
+@given(
+    num_ranks=st.sampled_from([2, 3, 4]),
+    lengths=st.lists(st.integers(0, 30), min_size=1, max_size=6),
+    causal=st.booleans(),
+    heads_kv=st.integers(1, 2),
+    groups=st.integers(1, 3),
+    s_sink=st.integers(1, 3),
+    sink_layout=st.sampled_from(["sh", "ssh"]),
+    sink_scale=st.sampled_from([1.0, 30.0]),
+    with_dlse=st.booleans(),
+    seed=st.integers(0, 10**6),
+)
+def test_random_cases(num_ranks, groups, heads_kv, **case):
+    # derandomize: under torchrun every rank draws for itself, and all must draw the same.
+    if under_torchrun() and num_ranks > int(os.environ["WORLD_SIZE"]):
+        return
+    run_on_ranks(num_ranks, body_matches_reference, arguments={}, heads=heads_kv * groups, heads_kv=heads_kv, head_dim=8, **case)
+
+
+@pytest.mark.parametrize("num_ranks", [2, 3])
+@pytest.mark.parametrize("reduce", ["none", "sum", "avg"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_dsink_reduce(num_ranks, reduce, dtype):
+    run_on_ranks(num_ranks, body_dsink_reduce, reduce=reduce, dtype=dtype)
+
+
+def body_dsink_reduce(group, device, *, reduce, dtype) -> None:
+    case = make_case([41], [41], s_sink=2, causal=True)
+    case.sink = case.sink.to(dtype)
+    expected = truth(case).values["dsink"]
+    plan = make_cp_plan(41, group=group)
+    leaves = [plan.shard(x) for x in (case.q, case.k, case.v)]
+    sink = case.sink.clone().requires_grad_()
+    out = cp_attention_with_sink(*leaves, sink, plan=plan, dsink_reduce=reduce)
+    out.backward(plan.shard(case.dout))
+    assert sink.grad.dtype == dtype
+    tolerance = 1e-5 if dtype == torch.float32 else 1e-2
+    if reduce == "none":
+        partial = sink.grad.double()
+        assert (partial - expected).norm() > 0.05 * expected.norm(), "one rank's share is not the whole"
+        dist.all_reduce(partial, group=group)
+        torch.testing.assert_close(partial, expected, rtol=tolerance, atol=tolerance * expected.norm().item())
+    else:
+        scale = 1 if reduce == "sum" else plan.cp_size
+        torch.testing.assert_close(sink.grad.double() * scale, expected, rtol=tolerance, atol=tolerance * expected.norm().item())
+
+
+@pytest.mark.parametrize("num_ranks", [2, 4])
+def test_folding_partials(num_ranks):
+    """With more partials than one merge takes, the earlier ones are folded in fp32: memory does not grow with cp."""
+    run_on_ranks(num_ranks, body_folding)
+
+
+def body_folding(group, device) -> None:
+    with mock.patch.object(cp_module, "MAX_PARTIALS", 2):
+        body_matches_reference(group, device, arguments={}, lengths=[50, 3, 20], causal=True)
+        body_matches_reference(group, device, arguments={}, lengths=[50, 3, 20], causal=False)
+
+
+@pytest.mark.parametrize("num_ranks", [1, 2])
+@pytest.mark.parametrize("mutant", ["twice", "dropped", "per stage"])
+def test_a_sink_counted_twice_or_not_at_all_is_noticed(num_ranks, mutant):
+    run_on_ranks(num_ranks, body_mutated_merge, mutant=mutant)
+
+
+def body_mutated_merge(group, device, *, mutant) -> None:
+    case = make_case([40], [40], causal=True)
+    expected = truth(case)
+    original, forward_kernel = cp_module.merge, cp_module._forward_kernel
+
+    def mutated_merge(partials, sink=None, out=None, out_dtype=None):
+        changed = {"twice": None if sink is None else torch.cat([sink, sink]), "dropped": None, "per stage": sink}[mutant]
+        return original(partials, changed, out, out_dtype)
+
+    def sink_in_every_partial(*arguments):
+        """What a kernel with a sink of its own would do on each rank's keys."""
+        partial = forward_kernel(*arguments)
+        return Partial(*original([partial], case.sink)) if mutant == "per stage" else partial
+
+    with mock.patch.object(cp_module, "merge", mutated_merge), mock.patch.object(cp_module, "_forward_kernel", sink_in_every_partial):
+        result = cp_results(case, group, device)
+    for name in ("out", "lse", "dq", "dsink"):
+        with pytest.raises(AssertionError, match=f"{name}: relative error"):
+            assert_close({name: result[name]}, expected, 1e-2)
+
+
+@pytest.mark.parametrize("num_ranks", [2, 3])
+def test_runs_are_bit_identical(num_ranks):
+    run_on_ranks(num_ranks, body_bit_identical)
+
+
+def body_bit_identical(group, device) -> None:
+    case = make_case([61, 14], [61, 14], dtype=torch.bfloat16, causal=True, s_sink=2)
+    first, second = (cp_results(case, group, device, deterministic=True) for _ in range(2))
+    for name, value in first.items():
+        assert torch.equal(value, second[name]), f"{name} differs between two runs"
+
+
+@pytest.mark.parametrize("num_ranks", [2, 4])
+def test_one_plan_serves_both_masks_and_many_calls(num_ranks):
+    run_on_ranks(num_ranks, body_one_plan)
+
+
+def body_one_plan(group, device) -> None:
+    """Two calls in flight before either backward, on one plan, with different masks and head counts."""
+    plan = make_cp_plan(33, group=group, cu_seqlens=[0, 20, 33])
+    cases = [make_case([20, 13], [20, 13], heads=h, causal=c, seed=h) for h, c in ((2, True), (6, False))]
+    outs, leaves = [], []
+    for case in cases:
+        inputs = [plan.shard(x).requires_grad_() for x in (case.q, case.k, case.v)]
+        outs.append(cp_attention_with_sink(*inputs, case.sink, plan=plan, **case.options))
+        leaves.append(inputs)
+    for case, out, inputs in zip(cases, outs, leaves, strict=True):
+        grads = torch.autograd.grad(out, inputs, plan.shard(case.dout))
+        whole = {name: plan.unshard(g) for name, g in zip(("dq", "dk", "dv"), grads, strict=True)}
+        assert_close(whole, truth(case), 1e-5)
+
+
+def test_leaves_that_need_no_gradient():
+    run_on_ranks(2, body_frozen)
+
+
+def body_frozen(group, device) -> None:
+    case = make_case([24], [24], causal=True)
+    expected = truth(case)
+    plan = make_cp_plan(24, group=group)
+    q, k, v = (plan.shard(x) for x in (case.q, case.k, case.v))
+    sink = case.sink.clone().requires_grad_()
+    cp_attention_with_sink(q, k, v, sink, plan=plan, dsink_reduce="sum").backward(plan.shard(case.dout))
+    assert_close({"dsink": sink.grad}, expected, 1e-5)
+    with torch.no_grad():
+        assert_close({"out": plan.unshard(cp_attention_with_sink(q, k, v, sink, plan=plan))}, expected, 1e-5)
