@@ -81,7 +81,7 @@ class SinkAttention(nn.Module):
         Raises:
             ValueError: cu_seqlens or max_seqlen beside a plan, which already knows the documents.
         """
-        lengths = {
+        lengths: dict[str, Any] = {
             "cu_seqlens_q": cu_seqlens_q,
             "cu_seqlens_k": cu_seqlens_k,
             "max_seqlen_q": max_seqlen_q,

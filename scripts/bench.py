@@ -3,11 +3,11 @@
     python scripts/bench.py kernel --out docs/benchmarks
     torchrun --nproc-per-node 2 scripts/bench.py dist --out docs/benchmarks
 
-``kernel``: attention_with_sink beside plain FlashAttention-3 and one read+write pass over out. ``dist``: cp_attention_with_sink beside
-one GPU's FlashAttention-3 without a sink on the whole sequence, divided by the number of ranks.
+``kernel``: attention_with_sink beside plain FlashAttention-3 and one read+write pass over out. ``dist``: cp_attention_with_sink
+beside one GPU's FlashAttention-3 without a sink on the whole sequence, divided by the number of ranks.
 
-What is compared runs in turns in one process, in both orders, after warm-up; a row holds the median and the 20% and 80% quantiles of all rounds. An
-overhead is the median of the differences within a round, so that clocks and neighbours that change over time cancel.
+What is compared runs in turns in one process, in both orders, after warm-up; a row holds the median and the 20% and 80% quantiles
+of all rounds. An overhead is the median of the differences within a round, so that clocks that change over time cancel.
 """
 
 from __future__ import annotations
@@ -33,6 +33,9 @@ from magi_sink_cp import attention_with_sink, cp_attention_with_sink, make_cp_pl
 from magi_sink_cp.kernels.inputs import make_params
 from magi_sink_cp.kernels.protocol import Backend
 from magi_sink_cp.kernels.registry import select_backend
+
+Row = dict[str, Any]
+Work = dict[str, Callable[[], Any]]
 
 HEADS, HEADS_KV = 64, 8
 KERNEL_SHAPES = ((4, 2048), (2, 4096), (1, 8192), (1, 16384), (1, 32768))  # (batch, tokens)
@@ -75,98 +78,110 @@ class PlainAttention(torch.autograd.Function):
         return grads.dq, grads.dk, grads.dv, None
 
 
-def bench_kernel(args: argparse.Namespace) -> list[dict[str, Any]]:
-    rows = []
-    for head_dim in (128, 64):
-        for batch, tokens in KERNEL_SHAPES:
-            q, k, v, dout, sink = draw((batch, tokens), head_dim, "cuda")
-            backend = select_backend(args.backend, q, make_params(q, None, True, (-1, -1), 0.0, False))
-            functions: dict[str, Callable[[], Tensor]] = {
-                "plain": lambda q=q, k=k, v=v, backend=backend: PlainAttention.apply(q, k, v, backend),  # type: ignore[misc]
-                "sink": lambda q=q, k=k, v=v, sink=sink: attention_with_sink(q, k, v, sink, causal=True, backend=args.backend),  # type: ignore[misc]
-            }
-            leaves = {"plain": (q, k, v), "sink": (q, k, v, sink)}
-            graphs = {name: function() for name, function in functions.items()}
-            backwards: dict[str, Callable[[], Any]] = {
-                name: lambda out=out, name=name: torch.autograd.grad(out, leaves[name], dout, retain_graph=True)  # type: ignore[misc]
-                for name, out in graphs.items()
-            }
-            buffer = torch.empty_like(q).detach()
-            rounds = rounds_for(args, batch * tokens * tokens)
-            times = measure({"pass over out": lambda buffer=buffer: buffer.mul_(1.0)}, args.rounds)  # type: ignore[misc]
-            for phase, work in (("forward", functions), ("backward", backwards)):
-                times |= {f"{phase} {name}": values for name, values in measure(work, rounds).items()}
-            pass_us = statistics.median(times["pass over out"])
-            shape = {"batch": batch, "tokens": tokens, "heads": HEADS, "heads_kv": HEADS_KV, "head_dim": head_dim}
-            for name, values in times.items():
-                rows.append({**shape, "measured": name, **summary(values)})
-            for phase in ("forward", "backward"):
-                extra = [a - b for a, b in zip(times[f"{phase} sink"], times[f"{phase} plain"], strict=True)]
-                plain = statistics.median(times[f"{phase} plain"])
-                over = statistics.median(extra)
-                row = {**shape, "measured": f"{phase} overhead", **summary(extra), "percent_of_plain": 100 * over / plain}
-                rows.append({**row, "passes_over_out": over / pass_us})
-                print(f"d {head_dim:3d} {batch}×{tokens:6d} {phase:8s} plain {plain:9.1f} µs, overhead {over:6.1f} µs = "
-                      f"{100 * over / plain:5.2f}% = {over / pass_us:4.2f} passes over out", flush=True)  # fmt: skip
+def bench_kernel(args: argparse.Namespace) -> list[Row]:
+    return [row for head_dim in (128, 64) for batch, tokens in KERNEL_SHAPES for row in kernel_rows(args, head_dim, batch, tokens)]
+
+
+def kernel_rows(args: argparse.Namespace, head_dim: int, batch: int, tokens: int) -> list[Row]:
+    q, k, v, dout, sink = draw((batch, tokens), head_dim)
+    backend = chosen_backend(args, q)
+    leaves = {"plain": (q, k, v), "sink": (q, k, v, sink)}
+    forward: Work = {
+        "plain": lambda: PlainAttention.apply(q, k, v, backend),
+        "sink": lambda: attention_with_sink(q, k, v, sink, causal=True, backend=args.backend),
+    }
+    graphs = {name: function() for name, function in forward.items()}
+    backward: Work = {
+        "plain": lambda: torch.autograd.grad(graphs["plain"], leaves["plain"], dout, retain_graph=True),
+        "sink": lambda: torch.autograd.grad(graphs["sink"], leaves["sink"], dout, retain_graph=True),
+    }
+    buffer = torch.empty_like(q).detach()
+    times = measure({"pass over out": lambda: buffer.mul_(1.0)}, args.rounds)
+    for phase, work in (("forward", forward), ("backward", backward)):
+        measured = measure(work, rounds_for(args, batch * tokens * tokens))
+        times |= {f"{phase} {name}": values for name, values in measured.items()}
+    shape = {"batch": batch, "tokens": tokens, "heads": HEADS, "heads_kv": HEADS_KV, "head_dim": head_dim}
+    rows: list[Row] = [{**shape, "measured": name, **summary(values)} for name, values in times.items()]
+    pass_us = statistics.median(times["pass over out"])
+    for phase in ("forward", "backward"):
+        extra = [a - b for a, b in zip(times[f"{phase} sink"], times[f"{phase} plain"], strict=True)]
+        over = statistics.median(extra)
+        plain = statistics.median(times[f"{phase} plain"])
+        percent, passes = 100 * over / plain, over / pass_us
+        columns = {"percent_of_plain": percent, "passes_over_out": passes}
+        rows.append({**shape, "measured": f"{phase} overhead", **summary(extra), **columns})
+        label = f"d {head_dim:3d} {batch}×{tokens:6d} {phase:8s}"
+        print(
+            f"{label} plain {plain:9.1f} µs, overhead {over:6.1f} µs = {percent:5.2f}% = {passes:4.2f} passes over out", flush=True
+        )
     return rows
 
 
 # --- Ranks ----------------------------------------------------------------------------------------------------------------------
 
 
-def bench_dist(args: argparse.Namespace) -> list[dict[str, Any]]:
+def bench_dist(args: argparse.Namespace) -> list[Row]:
     if "LOCAL_RANK" not in os.environ:
         raise SystemExit("bench.py dist runs under torchrun: torchrun --nproc-per-node 2 scripts/bench.py dist --out DIR")
     torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     dist.init_process_group("nccl")
-    group = dist.group.WORLD
-    assert group is not None
-    rank, ranks = dist.get_rank(), dist.get_world_size()
-    rows, head_dim = [], 128
-    for tokens in DIST_TOKENS:
-        whole_q, whole_k, whole_v, whole_dout, _ = draw((1, tokens), head_dim, "cuda")
-        q, k, v, dout, sink = draw((tokens // ranks,), head_dim, "cuda")
-        plan = make_cp_plan(tokens, group=group)
-        backend = select_backend(args.backend, q, make_params(q, None, True, (-1, -1), 0.0, False))
-        functions: dict[str, Callable[[], Any]] = {
-            "plain": lambda: PlainAttention.apply(whole_q, whole_k, whole_v, backend),
-            "cp": lambda: cp_attention_with_sink(q, k, v, sink, plan=plan, backend=args.backend),
-        }
-        leaves, douts = {"plain": (whole_q, whole_k, whole_v), "cp": (q, k, v, sink)}, {"plain": whole_dout, "cp": dout}
-        work: dict[str, Callable[[], Any]] = {}
-        for name, function in functions.items():
-            work[f"forward {name}"] = torch.no_grad()(function)
-            work[f"forward+backward {name}"] = lambda name=name, function=function: torch.autograd.grad(  # type: ignore[misc]
-                function(), leaves[name], douts[name]
-            )
-        token = torch.zeros(1, device="cuda")
-        times = measure(work, rounds_for(args, tokens * tokens), before_each=lambda: dist.all_reduce(token))  # type: ignore[misc]
-        # A step ends when the last rank does.
-        slowest = torch.tensor([times[name] for name in work], device="cuda")
-        dist.all_reduce(slowest, op=dist.ReduceOp.MAX)
-        for name, values in zip(work, slowest.tolist(), strict=True):
-            times[name] = values
-        shape = {"batch": 1, "tokens": tokens, "heads": HEADS, "heads_kv": HEADS_KV, "head_dim": head_dim, "ranks": ranks}
-        for name, values in times.items():
-            rows.append({**shape, "measured": name, **summary(values)})
-        for phase in ("forward", "forward+backward"):
-            ideal = statistics.median(times[f"{phase} plain"]) / ranks
-            ours = statistics.median(times[f"{phase} cp"])
-            rows.append({**shape, "measured": f"{phase} efficiency", "percent_of_plain": 100 * ideal / ours})
-            if rank == 0:
-                print(f"{tokens:6d} tokens {phase:16s} one GPU ÷ {ranks} {ideal / 1e3:8.3f} ms, ours {ours / 1e3:8.3f} ms = {100 * ideal / ours:5.1f}%", flush=True)
+    rows = [row for tokens in DIST_TOKENS for row in dist_rows(args, tokens, head_dim=128)]
+    is_first = dist.get_rank() == 0
     dist.destroy_process_group()
-    return rows if rank == 0 else []
+    return rows if is_first else []
+
+
+def dist_rows(args: argparse.Namespace, tokens: int, head_dim: int) -> list[Row]:
+    ranks = dist.get_world_size()
+    plan = make_cp_plan(tokens, group=dist.group.WORLD)
+    whole_q, whole_k, whole_v, whole_dout, _ = draw((1, tokens), head_dim)
+    q, k, v, dout, sink = draw((plan.local_tokens,), head_dim)
+    backend = chosen_backend(args, q)
+
+    def plain() -> Tensor:
+        return PlainAttention.apply(whole_q, whole_k, whole_v, backend)
+
+    def cp() -> Any:
+        return cp_attention_with_sink(q, k, v, sink, plan=plan, backend=args.backend)
+
+    phases: dict[str, Work] = {
+        "forward": {"plain": torch.no_grad()(plain), "cp": torch.no_grad()(cp)},
+        "forward+backward": {
+            "plain": lambda: torch.autograd.grad(plain(), (whole_q, whole_k, whole_v), whole_dout),
+            "cp": lambda: torch.autograd.grad(cp(), (q, k, v, sink), dout),
+        },
+    }
+    token = torch.zeros(1, device="cuda")
+    shape = {"batch": 1, "tokens": tokens, "heads": HEADS, "heads_kv": HEADS_KV, "head_dim": head_dim, "ranks": ranks}
+    rows: list[Row] = []
+    for phase, work in phases.items():
+        times = measure(work, rounds_for(args, tokens * tokens), before_each=lambda: dist.all_reduce(token))
+        slowest = torch.tensor(list(times.values()), device="cuda")  # a step ends when the last rank does
+        dist.all_reduce(slowest, op=dist.ReduceOp.MAX)
+        times = dict(zip(times, slowest.tolist(), strict=True))
+        rows += [{**shape, "measured": f"{phase} {name}", **summary(values)} for name, values in times.items()]
+        ideal, ours = statistics.median(times["plain"]) / ranks, statistics.median(times["cp"])
+        percent = 100 * ideal / ours
+        rows.append({**shape, "measured": f"{phase} efficiency", "percent_of_plain": percent})
+        if dist.get_rank() == 0:
+            figures = f"one GPU ÷ {ranks} {ideal / 1e3:8.3f} ms, ours {ours / 1e3:8.3f} ms = {percent:5.1f}%"
+            print(f"{tokens:6d} tokens {phase:16s} {figures}", flush=True)
+    return rows
 
 
 # --- Measuring and writing ------------------------------------------------------------------------------------------------------
 
 
-def draw(leading: tuple[int, ...], head_dim: int, device: str) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+def chosen_backend(args: argparse.Namespace, q: Tensor) -> Backend:
+    """The backend of both sides, for a causal call."""
+    return select_backend(args.backend, q, make_params(q, None, True, (-1, -1), 0.0, False))
+
+
+def draw(leading: tuple[int, ...], head_dim: int) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """q, k, v, dout in bf16 and one sink per head, random."""
     sizes = (HEADS, HEADS_KV, HEADS_KV, HEADS)
-    q, k, v, dout = (torch.randn(*leading, heads, head_dim, device=device, dtype=torch.bfloat16) for heads in sizes)
-    sink = torch.randn(1, HEADS, device=device)
+    q, k, v, dout = (torch.randn(*leading, heads, head_dim, device="cuda", dtype=torch.bfloat16) for heads in sizes)
+    sink = torch.randn(1, HEADS, device="cuda")
     for x in (q, k, v, sink):
         x.requires_grad_()
     return q, k, v, dout, sink
@@ -177,7 +192,7 @@ def rounds_for(args: argparse.Namespace, pairs: int) -> int:
     return max(10, int(args.rounds / max(1.0, pairs / (4 * 8192**2))))
 
 
-def measure(work: dict[str, Callable[[], Any]], rounds: int, before_each: Callable[[], Any] | None = None) -> dict[str, list[float]]:
+def measure(work: Work, rounds: int, before_each: Callable[[], Any] | None = None) -> dict[str, list[float]]:
     """Microseconds on the GPU of each piece of work, one value a round; every other round runs in the opposite order.
 
     ``before_each`` brings the ranks into step on the GPU, without holding up the host.
@@ -206,14 +221,14 @@ def summary(values: list[float]) -> dict[str, float]:
     return {"median_us": statistics.median(values), "p20_us": quantiles[0], "p80_us": quantiles[3], "rounds": len(values)}
 
 
-def write(args: argparse.Namespace, rows: list[dict[str, Any]]) -> None:
+def write(args: argparse.Namespace, rows: list[Row]) -> None:
     """One CSV, every row with where it comes from."""
     commit = args.commit
     if commit is None:
         result = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, cwd=Path(__file__).parent)
         commit = result.stdout.strip() or "unknown"
     probe = torch.empty(1, 1, 1, 64, device="cuda", dtype=torch.bfloat16)
-    backend = select_backend(args.backend, probe, make_params(probe, None, True, (-1, -1), 0.0, False))
+    backend = chosen_backend(args, probe)
     origin = {
         "backend": backend.describe(),
         "gpu": torch.cuda.get_device_name(),
@@ -223,10 +238,11 @@ def write(args: argparse.Namespace, rows: list[dict[str, Any]]) -> None:
         "date": datetime.date.today().isoformat(),
         "command": "python " + shlex.join(sys.argv[:2]),
     }
-    columns = "batch tokens heads heads_kv head_dim ranks measured median_us p20_us p80_us rounds percent_of_plain passes_over_out".split()
+    shape = ("batch", "tokens", "heads", "heads_kv", "head_dim", "ranks")
+    results = ("measured", "median_us", "p20_us", "p80_us", "rounds", "percent_of_plain", "passes_over_out")
     args.out.mkdir(parents=True, exist_ok=True)
     with (args.out / f"{args.what}.csv").open("w", newline="") as file:
-        writer = csv.DictWriter(file, [*columns, *origin], restval="")
+        writer = csv.DictWriter(file, [*shape, *results, *origin], restval="")
         writer.writeheader()
         for row in rows:
             rounded = {name: f"{value:.4g}" if isinstance(value, float) else value for name, value in row.items()}

@@ -3,9 +3,9 @@
     torchrun --nproc-per-node 2 scripts/train.py --verify       # NCCL with a GPU a rank, else gloo on the CPU
     python scripts/train.py                                     # one device, the same code
 
-Every rank holds a zigzag shard of each packed sequence; parameters are replicated, and their gradients are summed over the ranks, the
-sinks' among them (dsink_reduce="none"). --verify trains one rank on the whole sequence with the same seed afterwards and fails unless
-the losses agree. Results go to runs/<time>/: metrics.csv and loss.png.
+Every rank holds a zigzag shard of each packed sequence; parameters are replicated, and their gradients are summed over the ranks,
+the sinks' among them (dsink_reduce="none"). --verify trains one rank on the whole sequence with the same seed afterwards and fails
+unless the losses agree. Results go to runs/<time>/: metrics.csv and loss.png.
 """
 
 from __future__ import annotations
@@ -71,7 +71,9 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], help="of the compute (default: bfloat16 on GPUs, else float32)")
     parser.add_argument("--backend", default="auto", help="attention backend, see magi_sink_cp.backends()")
-    parser.add_argument("--verify", action="store_true", help="also train one rank on the whole sequence, and fail unless the losses agree")
+    parser.add_argument(
+        "--verify", action="store_true", help="also train one rank on the whole sequence, and fail unless the losses agree"
+    )
     parser.add_argument("--out", type=Path, help="where to write (default: runs/<time>)")
     args = parser.parse_args()
     for name in ("seq_len", "steps", "dim", "layers", "heads", "kv_heads", "head_dim", "sinks"):
@@ -194,6 +196,7 @@ class Decoder(nn.Module):
 
     def __init__(self, args: argparse.Namespace) -> None:
         super().__init__()
+        self.head_dim: int = args.head_dim
         self.embedding = nn.Embedding(VOCABULARY, args.dim)
         self.blocks = nn.ModuleList(Block(args) for _ in range(args.layers))
         self.norm = nn.RMSNorm(args.dim)
@@ -203,7 +206,7 @@ class Decoder(nn.Module):
 
     def forward(self, tokens: Tensor, plan: CPPlan) -> Tensor:
         """tokens (local_tokens,) → logits (local_tokens, 256)."""
-        rotation = rotary_embedding(plan.position_ids.to(tokens.device), self.blocks[0].attention.head_dim)
+        rotation = rotary_embedding(plan.position_ids.to(tokens.device), self.head_dim)
         x = self.embedding(tokens)
         for block in self.blocks:
             x = block(x, rotation, plan)
@@ -261,7 +264,12 @@ def rotate(x: Tensor, rotation: tuple[Tensor, Tensor]) -> Tensor:
 
 
 def report(
-    args: argparse.Namespace, losses: list[float], rates: list[float], references: list[list[float]], ranks: int, device: torch.device
+    args: argparse.Namespace,
+    losses: list[float],
+    rates: list[float],
+    references: list[list[float]],
+    ranks: int,
+    device: torch.device,
 ) -> int:
     """Write metrics.csv and loss.png, print the verdict, and return the exit code."""
     folder: Path = args.out or Path("runs") / datetime.datetime.now().strftime("%Y-%m-%d_%H-%M-%S")
@@ -283,7 +291,8 @@ def report(
     else:
         bound, what = FP32_TOLERANCE, f"{FP32_TOLERANCE:g}"
     agrees = difference <= bound
-    print(f"verify: losses of {ranks} ranks and of one differ by at most {difference:.2e} relative; allowed is {what}: {'ok' if agrees else 'FAILED'}")
+    verdict = "ok" if agrees else "FAILED"
+    print(f"verify: losses of {ranks} ranks and of one differ by at most {difference:.2e} relative; allowed is {what}: {verdict}")
     return 0 if agrees else 1
 
 
@@ -299,7 +308,14 @@ def plot(path: Path, losses: list[float], references: list[list[float]], ranks: 
     mpl.use("Agg")
     import matplotlib.pyplot as plt
 
-    figure, axes = plt.subplots(2 if references else 1, 1, figsize=(8, 6 if references else 4), sharex=True, squeeze=False, height_ratios=[3, 1][: 2 if references else 1])
+    figure, axes = plt.subplots(
+        2 if references else 1,
+        1,
+        figsize=(8, 6 if references else 4),
+        sharex=True,
+        squeeze=False,
+        height_ratios=[3, 1][: 2 if references else 1],
+    )
     axis = axes[0][0]
     where = "GPU" if device.type == "cuda" else "CPU"
     for i, reference in enumerate(references[:1]):
@@ -311,7 +327,9 @@ def plot(path: Path, losses: list[float], references: list[list[float]], ranks: 
     axis.legend(frameon=False)
     if references:
         below = axes[1][0]
-        below.semilogy([max(abs(a - b) / b, 1e-12) for a, b in zip(losses, references[0], strict=True)], color="#1f4e79", linewidth=1.2)
+        below.semilogy(
+            [max(abs(a - b) / b, 1e-12) for a, b in zip(losses, references[0], strict=True)], color="#1f4e79", linewidth=1.2
+        )
         below.set_ylabel("relative\ndifference")
         below.grid(alpha=0.25)
     axes[-1][0].set_xlabel("step")

@@ -91,8 +91,8 @@ class Truth:
     """The reference's results, and per result the norm that an error is measured against.
 
     dq, dk and dsink are sums that can cancel to nothing (dq of a row that sees one key is 0), so that rounding would be infinitely
-    large beside them. Their scale is the norm of what does not cancel: for dsink, the size that Σ_i p_i (dout_i·out_i - dlse_i) has for
-    dout of random direction.
+    large beside them. Their scale is the norm of what does not cancel: for dsink, the size that Σ_i p_i (dout_i·out_i - dlse_i) has
+    for dout of random direction.
     """
 
     values: dict[str, Tensor]
@@ -163,4 +163,6 @@ def assert_within_plain(result: dict[str, Tensor], expected: Truth, plain: dict[
     for name, error in measured.items():
         reference = 2**0.5 * plain["out"] if name == "dsink" else plain[name]
         # lse of plain fp32 statistics can be exact to the last bit; one fp32 rounding is always allowed.
-        assert error <= factor * max(reference, 2e-7), f"{name}: {error:.3g} > {factor} × {reference:.3g} (all: {measured}; plain: {plain})"
+        assert error <= factor * max(reference, 2e-7), (
+            f"{name}: {error:.3g} > {factor} × {reference:.3g} (all: {measured}; plain: {plain})"
+        )

@@ -78,7 +78,7 @@ def test_padded_delta(kernel, block, lengths):
 
 
 def test_keeps_its_digits_over_many_rows(kernel):
-    """bf16 out and dout, 16k rows: the products are fp32, so dsink has fp32's digits, where bf16 products would leave two or three."""
+    """bf16 out and dout, 16k rows: products in fp32 leave dsink the digits of fp32, products in bf16 two or three."""
     torch.manual_seed(0)
     out, dout = torch.randn(2, 16384, 1, 16).bfloat16()
     lse, sink = torch.randn(1, 16384) + 3, torch.randn(1, 1)

@@ -25,7 +25,11 @@ Q, K = (2, 6, 4, 8), (2, 5, 2, 8)
 INT32 = torch.int32
 
 DENSE = [
-    ({"q": torch.randn(6, 4, 8)}, ValueError, r"q must have 4 dimensions \(batch, seqlen, heads, head_dim\), got shape \(6, 4, 8\)"),
+    (
+        {"q": torch.randn(6, 4, 8)},
+        ValueError,
+        r"q must have 4 dimensions \(batch, seqlen, heads, head_dim\), got shape \(6, 4, 8\)",
+    ),
     ({"k": torch.randn(5, 2, 8)}, ValueError, r"k must have 4 dimensions .* got shape \(5, 2, 8\)"),
     ({"q": [1.0]}, TypeError, "q must be a torch.Tensor, got list"),
     ({"q": torch.ones(Q, dtype=torch.int64)}, TypeError, "q must have a dtype of torch.float16, .* got torch.int64"),
@@ -82,7 +86,11 @@ PACKED = [
     ({"cu_seqlens_q": cu(0, 6)[None]}, ValueError, r"cu_seqlens_q must have shape \(documents \+ 1,\), got \(1, 2\)"),
     ({"cu_seqlens_q": cu()}, ValueError, r"cu_seqlens_q must have shape \(documents \+ 1,\), got \(0,\)"),
     ({"cu_seqlens_q": cu(0, 9, 6, 9)[::2]}, ValueError, "cu_seqlens_q must be contiguous"),
-    ({"cu_seqlens_q": torch.empty(2, dtype=INT32, device="meta")}, ValueError, r"cu_seqlens_q must be on the device of q \(cpu\), got meta"),
+    (
+        {"cu_seqlens_q": torch.empty(2, dtype=INT32, device="meta")},
+        ValueError,
+        r"cu_seqlens_q must be on the device of q \(cpu\), got meta",
+    ),
     ({"max_seqlen_q": 5}, ValueError, "max_seqlen_q must be an int >= 6, the longest document of cu_seqlens_q, got 5"),
     ({"q": torch.randn(1, 6, 4, 8)}, ValueError, r"q must have 3 dimensions \(total, heads, head_dim\), as cu_seqlens are given"),
     ({"sink": torch.randn(5, 1, 4), "sink_layout": "ssh"}, ValueError, r"shape \(6, s_sink >= 1, 4\) .* got \(5, 1, 4\)"),
@@ -132,7 +140,11 @@ CP = [
     ({"q": torch.randn(1, 10, 4, 8)}, ValueError, r"q must have 3 dimensions \(plan.local_tokens, heads, head_dim\)"),
     ({"sink": torch.randn(9, 1, 4), "sink_layout": "ssh"}, ValueError, r"shape \(10, s_sink >= 1, 4\)"),
     ({"dsink_reduce": "max"}, ValueError, r"dsink_reduce must be one of \('none', 'sum', 'avg'\), got 'max'"),
-    ({"sink": torch.randn(10, 1, 4), "sink_layout": "ssh", "dsink_reduce": "sum"}, ValueError, "dsink_reduce='sum' is for sink_layout='sh'"),
+    (
+        {"sink": torch.randn(10, 1, 4), "sink_layout": "ssh", "dsink_reduce": "sum"},
+        ValueError,
+        "dsink_reduce='sum' is for sink_layout='sh'",
+    ),
     ({"window_size": (4, 0)}, NotImplementedError, r"window_size=\(4, 0\) does not run across ranks yet"),
     ({"backend": "nope"}, ValueError, "backend must be 'auto' or one of"),
 ]

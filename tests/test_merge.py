@@ -22,7 +22,9 @@ def kernel(request):
     return KERNELS[request.param]
 
 
-def split_attention(rows: int, spans: list[tuple[int, int, int]], heads: int, head_dim: int, dtype: torch.dtype, leading: tuple[int, ...]):
+def split_attention(
+    rows: int, spans: list[tuple[int, int, int]], heads: int, head_dim: int, dtype: torch.dtype, leading: tuple[int, ...]
+):
     """Random partials (start, stop, keys) with the (out, lse) in fp64 of all their keys, without a sink, as a function of sink."""
     partials, all_scores, all_values = [], [], []
     for start, stop, keys in spans:
@@ -33,7 +35,9 @@ def split_attention(rows: int, spans: list[tuple[int, int, int]], heads: int, he
         lse = torch.logsumexp(scores, -1)
         out = torch.exp(scores - lse.masked_fill(lse == float("-inf"), 0.0)[..., None]) @ values
         part = slice(start, stop)
-        partials.append(Partial(out.transpose(-2, -3)[..., part, :, :].to(dtype).contiguous(), lse[..., part].float().contiguous(), start))
+        partials.append(
+            Partial(out.transpose(-2, -3)[..., part, :, :].to(dtype).contiguous(), lse[..., part].float().contiguous(), start)
+        )
         all_scores.append(scores)
         all_values.append(values)
 

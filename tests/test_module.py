@@ -58,7 +58,9 @@ def test_dsink_reduce_is_the_identity_on_one_device():
     grads = []
     for reduce in ("none", "sum", "avg"):
         sink = torch.ones(1, 4, requires_grad=True)
-        cp_attention_with_sink(*(make_cp_plan(9, cu_seqlens=[0, 9]).shard(x) for x in (q, k, k)), sink, plan=make_cp_plan(9), dsink_reduce=reduce).sum().backward()
+        cp_attention_with_sink(
+            *(make_cp_plan(9, cu_seqlens=[0, 9]).shard(x) for x in (q, k, k)), sink, plan=make_cp_plan(9), dsink_reduce=reduce
+        ).sum().backward()
         grads.append(sink.grad)
     assert torch.equal(grads[0], grads[1])
     assert torch.equal(grads[0], grads[2])

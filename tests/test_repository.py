@@ -24,7 +24,18 @@ def test_the_wheel_holds_every_module(tmp_path):
     shutil.copytree(PACKAGE, source / "magi_sink_cp", ignore=shutil.ignore_patterns("__pycache__"))
     for name in ("setup.py", "pyproject.toml", "README.md", "LICENSE"):
         shutil.copy(ROOT / name, source)
-    command = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--no-build-isolation", "--wheel-dir", str(tmp_path), str(source)]
+    command = [
+        sys.executable,
+        "-m",
+        "pip",
+        "wheel",
+        "--quiet",
+        "--no-deps",
+        "--no-build-isolation",
+        "--wheel-dir",
+        str(tmp_path),
+        str(source),
+    ]
     subprocess.run(command, check=True, capture_output=True)
     (wheel,) = tmp_path.glob("magi_sink_cp-*.whl")
     with zipfile.ZipFile(wheel) as archive:
@@ -39,7 +50,9 @@ def test_the_wheel_holds_every_module(tmp_path):
 def test_dist_is_tracked_and_linted():
     if not (ROOT / ".git").exists():
         pytest.skip("not a git checkout: nothing is tracked here (reason: an unpacked archive)")
-    tracked = subprocess.run(["git", "ls-files", "magi_sink_cp/dist", "tests/dist"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    tracked = subprocess.run(
+        ["git", "ls-files", "magi_sink_cp/dist", "tests/dist"], cwd=ROOT, capture_output=True, text=True, check=True
+    ).stdout
     assert "magi_sink_cp/dist/plan.py" in tracked
     assert "tests/dist/test_plan.py" in tracked
     assert '"dist"' not in (ROOT / "pyproject.toml").read_text().split("[tool.ruff]")[1].split("[")[1]
@@ -50,7 +63,9 @@ def test_imports_point_one_way():
     for path in PACKAGE.rglob("*.py"):
         imported = imports_of(path)
         if path.parent.name == "kernels":
-            assert not any(name.startswith("magi_sink_cp.") and not name.startswith("magi_sink_cp.kernels") for name in imported), path
+            assert not any(name.startswith("magi_sink_cp.") and not name.startswith("magi_sink_cp.kernels") for name in imported), (
+                path
+            )
         if path.parent.name == "dist":
             assert not imported & {"magi_sink_cp", "magi_sink_cp.attention", "magi_sink_cp.module"}, path
         if path.name in ("schedule.py", "layout.py"):

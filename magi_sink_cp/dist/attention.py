@@ -70,7 +70,9 @@ def cp_attention_with_sink(
     if not isinstance(plan, CPPlan):
         raise TypeError(f"plan must come from make_cp_plan, got {type(plan).__name__}")
     try:
-        call = _check_call(q, k, v, sink, plan, sink_layout, softmax_scale, causal, window_size, softcap, deterministic, dsink_reduce, backend)
+        call = _check_call(
+            q, k, v, sink, plan, sink_layout, softmax_scale, causal, window_size, softcap, deterministic, dsink_reduce, backend
+        )
     except (TypeError, ValueError, NotImplementedError) as error:
         plan.agree(error, "cp_attention_with_sink")
         raise
@@ -108,7 +110,9 @@ def _check_call(
     check_qkv(q, k, v, 3, "(plan.local_tokens, heads, head_dim)")
     for name, x in (("q", q), ("k", k)):
         if x.shape[0] != plan.local_tokens:
-            raise ValueError(f"{name} must have the plan's local_tokens, {plan.local_tokens}, as its first size, got {tuple(x.shape)}")
+            raise ValueError(
+                f"{name} must have the plan's local_tokens, {plan.local_tokens}, as its first size, got {tuple(x.shape)}"
+            )
     check_sink(sink, sink_layout, q)
     params = make_params(q, softmax_scale, causal, window_size, softcap, deterministic)
     if params.window_size not in ((-1, -1), (-1, 0)):
@@ -141,12 +145,14 @@ def _signature(q: Tensor, k: Tensor, v: Tensor, sink: Tensor | None, call: _Call
 
 
 class _CPAttentionWithSink(torch.autograd.Function):
-    """Sharded: q, out, dq (T, H, D); k, v, dk, dv (T, H_kv, D); lse (H, T); replicated: sink (s_sink, H) (or sharded, per row).
+    """Attention of sharded rows over keys that travel, and its gradients.
 
-    forward:   for each stage s, of the keys A_s that it brings: (out_s, lse_s) = attention(q, A_s) while A_{s+1} travels; then, once,
-               lse = (⊕_s lse_s) ⊕ log Σ_j exp z_j and out = Σ_s exp(lse_s - lse) out_s.
-    backward:  for each stage, with the final lse and out: dq += dq_s, and dk_s, dv_s travel home while stage s + 1 computes. The sink's
-               gradient needs only lse and delta, so its all-reduce starts after the first stage and is waited for at the end.
+    Sharded: q, out, dq (T, H, D); k, v, dk, dv (T, H_kv, D); lse (H, T). Replicated: sink (s_sink, H); or sharded, (T, s_sink, H).
+
+    forward:   for each stage s and the keys A_s that it brings, (out_s, lse_s) = attention(q, A_s) while A_{s+1} travels; then,
+               once, lse = (⊕_s lse_s) ⊕ log Σ_j exp z_j and out = Σ_s exp(lse_s - lse) out_s.
+    backward:  for each stage, with the final lse and out: dq += dq_s; dk_s and dv_s travel home while stage s + 1 computes. The
+               sink's gradient needs only lse and delta: its all-reduce starts after the first stage and is waited for at the end.
     """
 
     @staticmethod
@@ -235,8 +241,8 @@ def _backward_kernel(
     dlse = None if dlse is None else dlse[:, rows]
     if varlen is not None:
         return call.backend.backward(dout, q, k[keys], v[keys], out, lse, params, varlen, dlse)
-    dense = [x[None] for x in (dout, q, k[keys], v[keys], out, lse)]
-    grads = call.backend.backward(*dense, params, None, None if dlse is None else dlse[None])
+    dense_dlse = None if dlse is None else dlse[None]
+    grads = call.backend.backward(dout[None], q[None], k[keys][None], v[keys][None], out[None], lse[None], params, None, dense_dlse)
     delta = None if grads.delta is None else RowDelta(grads.delta.values[0], grads.delta.rows)
     return Gradients(grads.dq[0], grads.dk[0], grads.dv[0], delta)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 import weakref
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -77,8 +78,8 @@ class CPPlan:
         rank, cp_size: this rank within the cp group, and its size (0 and 1 without a group).
         group: the ProcessGroup, or None.
 
-    position_ids and token_mask are on the group's device (the current GPU for NCCL, the CPU for gloo); without a group, on the device
-    of cu_seqlens if that is a tensor, else on the current GPU if there is one.
+    position_ids and token_mask are on the group's device (the current GPU for NCCL, the CPU for gloo); without a group, on the
+    device of cu_seqlens if that is a tensor, else on the current GPU if there is one.
     """
 
     def __init__(
@@ -173,7 +174,7 @@ class CPPlan:
 
 
 def _varlen(call: KernelCall, device: torch.device) -> Varlen:
-    longest = [max(hi - lo for lo, hi in zip(cu, cu[1:], strict=False)) for cu in (call.cu_seqlens_q, call.cu_seqlens_k)]
+    longest = [max(hi - lo for lo, hi in itertools.pairwise(cu)) for cu in (call.cu_seqlens_q, call.cu_seqlens_k)]
     both = torch.tensor([call.cu_seqlens_q, call.cu_seqlens_k], dtype=torch.int32).to(device)
     return Varlen(both[0].contiguous(), both[1].contiguous(), *longest)
 
@@ -272,4 +273,4 @@ def _check_arguments(total_tokens: int, cu_seqlens: Tensor | Sequence[int] | Non
         offsets = check_offsets(tuple(cu_seqlens), "cu_seqlens", total_tokens)
     else:
         raise TypeError(f"cu_seqlens must be an int32 tensor, a sequence of ints or None, got {type(cu_seqlens).__name__}")
-    return tuple((lo, hi) for lo, hi in zip(offsets, offsets[1:], strict=False) if hi > lo)
+    return tuple((lo, hi) for lo, hi in itertools.pairwise(offsets) if hi > lo)

@@ -74,4 +74,3 @@ def _messages(
     pieces = [x[lo:hi] for lo, hi in ranges for x in tensors]
     global_peer = dist.get_global_rank(group, peer)
     return [dist.P2POp(operation, piece, global_peer, group, tag) for tag, piece in enumerate(pieces)]
-

@@ -42,7 +42,15 @@ class AtenBackend(FlashBackend):
         return Partial(result, lse.masked_fill_(lse == _INF, -_INF))
 
     def _kernel_backward(
-        self, dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, params: AttentionParams, varlen: Varlen | None
+        self,
+        dout: Tensor,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        out: Tensor,
+        lse: Tensor,
+        params: AttentionParams,
+        varlen: Varlen | None,
     ) -> Gradients:
         lse = lse.masked_fill(lse == -_INF, _INF)  # exp(S - lse) must be 0, not NaN, for a row without a key
         rng_state = torch.empty(2, dtype=torch.uint64, device=q.device)  # read only when there is dropout

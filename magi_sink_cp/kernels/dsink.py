@@ -48,10 +48,15 @@ def sink_gradient_torch(
     if delta is not None:
         row_delta = _unpad(delta, rows)
     else:
-        assert out is not None and dout is not None, "checked by sink_gradient"
+        assert out is not None, "checked by sink_gradient"
+        assert dout is not None, "checked by sink_gradient"
         row_delta = (out.to(lse.dtype) * dout.to(lse.dtype)).sum(-1).transpose(-1, -2)
     row_term = -row_delta if dlse is None else dlse - row_delta
-    logits = sink.to(lse.dtype).transpose(-1, -2).unsqueeze(-1) if sink.dim() == 2 else sink.to(lse.dtype).movedim(-1, -3).transpose(-1, -2)
+    logits = (
+        sink.to(lse.dtype).transpose(-1, -2).unsqueeze(-1)
+        if sink.dim() == 2
+        else sink.to(lse.dtype).movedim(-1, -3).transpose(-1, -2)
+    )
     weight = torch.exp(logits - lse.masked_fill(lse == float("-inf"), float("inf")).unsqueeze(-2))  # (…, H, s_sink, T)
     per_row = weight * row_term.unsqueeze(-2)
     if sink.dim() > 2:
@@ -134,7 +139,7 @@ def sink_gradient_triton(
 
 # A new token, sink or document count must not compile the kernel again.
 @triton.jit(do_not_specialize=["num_rows", "all_rows", "num_delta_rows", "num_sinks", "num_documents"])
-def _sink_gradient_kernel(
+def _sink_gradient_kernel(  # type: ignore[no-untyped-def]
     sink_ptr,  # (s_sink, H) if SHARED, else (B, T, s_sink, H)
     lse_ptr,  # (B, H, T), fp32
     delta_ptr,  # (B, H, ≥T), fp32, or None

@@ -26,14 +26,10 @@ INSTALL_HINT = (
     "`pip install --no-deps xformers==0.0.34 nvidia-cuda-runtime-cu12`"
 )
 
-_FORWARD_ARGUMENTS = (
-    "out cu_seqlens_q cu_seqlens_k max_seqlen_q max_seqlen_k softmax_scale is_causal window_size_left window_size_right "
-    "softcap num_splits"
-).split()
-_BACKWARD_ARGUMENTS = (
-    "dq dk dv cu_seqlens_q cu_seqlens_k max_seqlen_q max_seqlen_k softmax_scale is_causal window_size_left "
-    "window_size_right softcap deterministic"
-).split()
+_SHARED_ARGUMENTS = ("cu_seqlens_q", "cu_seqlens_k", "max_seqlen_q", "max_seqlen_k", "softmax_scale", "is_causal", "softcap")
+_WINDOW_ARGUMENTS = ("window_size_left", "window_size_right")
+_FORWARD_ARGUMENTS = (*_SHARED_ARGUMENTS, *_WINDOW_ARGUMENTS, "out", "num_splits")
+_BACKWARD_ARGUMENTS = (*_SHARED_ARGUMENTS, *_WINDOW_ARGUMENTS, "dq", "dk", "dv", "deterministic")
 
 
 class _NotUsableError(Exception):
@@ -87,7 +83,15 @@ class Fa3Backend(FlashBackend):
         return Partial(out, lse)
 
     def _kernel_backward(
-        self, dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, params: AttentionParams, varlen: Varlen | None
+        self,
+        dout: Tensor,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        out: Tensor,
+        lse: Tensor,
+        params: AttentionParams,
+        varlen: Varlen | None,
     ) -> Gradients:
         library = _library()
         dq, dk, dv = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)

@@ -17,7 +17,15 @@ class FlashBackend(Backend):
 
     @abstractmethod
     def _kernel_backward(
-        self, dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, params: AttentionParams, varlen: Varlen | None
+        self,
+        dout: Tensor,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        out: Tensor,
+        lse: Tensor,
+        params: AttentionParams,
+        varlen: Varlen | None,
     ) -> Gradients: ...
 
     def unsupported(self, q: Tensor, params: AttentionParams) -> str | None:

@@ -1,7 +1,8 @@
-"""Checks of user input, done before any kernel or collective runs. Every error names the argument, what came and what is allowed."""
+"""Checks of user input, before any kernel or collective runs. An error names the argument, what came and what is allowed."""
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Sequence
 
@@ -61,7 +62,9 @@ def check_sink(sink: Tensor | None, sink_layout: str, q: Tensor) -> None:
     matches = sink.dim() == len(expected) and tuple(sink.shape[:-2]) == leading and sink.shape[-1] == q.shape[-2]
     if not matches or sink.shape[-2] < 1:
         text = ", ".join(str(size) for size in expected)
-        raise ValueError(f"sink of sink_layout={sink_layout!r} must have shape ({text}) for q {tuple(q.shape)}, got {tuple(sink.shape)}")
+        raise ValueError(
+            f"sink of sink_layout={sink_layout!r} must have shape ({text}) for q {tuple(q.shape)}, got {tuple(sink.shape)}"
+        )
 
 
 def make_params(
@@ -71,7 +74,11 @@ def make_params(
     for name, flag in (("causal", causal), ("deterministic", deterministic)):
         if not isinstance(flag, bool):
             raise TypeError(f"{name} must be a bool, got {flag!r}")
-    if not isinstance(window_size, Sequence) or len(window_size) != 2 or not all(isinstance(w, int) and w >= -1 for w in window_size):
+    if (
+        not isinstance(window_size, Sequence)
+        or len(window_size) != 2
+        or not all(isinstance(w, int) and w >= -1 for w in window_size)
+    ):
         raise ValueError(f"window_size must be two ints (left, right) >= -1, where -1 is unlimited, got {window_size!r}")
     scale = q.shape[-1] ** -0.5 if softmax_scale is None else softmax_scale
     for name, value, lowest in (("softmax_scale", scale, "> 0"), ("softcap", softcap, ">= 0")):
@@ -103,9 +110,11 @@ def make_varlen(
     longest = []
     for name, cu_seqlens, x, given in (("q", cu_seqlens_q, q, max_seqlen_q), ("k", cu_seqlens_k, k, max_seqlen_k)):
         offsets = read_cu_seqlens(cu_seqlens, f"cu_seqlens_{name}", x.shape[0], x.device)
-        actual = max((hi - lo for lo, hi in zip(offsets, offsets[1:], strict=False)), default=0)
+        actual = max((hi - lo for lo, hi in itertools.pairwise(offsets)), default=0)
         if given is not None and (not isinstance(given, int) or given < actual):
-            raise ValueError(f"max_seqlen_{name} must be an int >= {actual}, the longest document of cu_seqlens_{name}, got {given!r}")
+            raise ValueError(
+                f"max_seqlen_{name} must be an int >= {actual}, the longest document of cu_seqlens_{name}, got {given!r}"
+            )
         longest.append(actual if given is None else given)
     if cu_seqlens_q.numel() != cu_seqlens_k.numel():
         raise ValueError(
@@ -152,7 +161,9 @@ def _host_copy(cu_seqlens: Tensor, name: str) -> tuple[int, ...]:
     if version == cu_seqlens._version:
         return offsets
     if cu_seqlens.is_cuda and torch.cuda.is_current_stream_capturing():
-        raise ValueError(f"{name} is new and cannot be checked while a CUDA graph is captured: make one call with this tensor before capture")
+        raise ValueError(
+            f"{name} is new and cannot be checked while a CUDA graph is captured: make one call with this tensor before capture"
+        )
     offsets = tuple(cu_seqlens.tolist())
     _host_copies[cu_seqlens] = (cu_seqlens._version, offsets)
     return offsets

@@ -127,7 +127,7 @@ def sink_strides(sink: Tensor | None) -> tuple[int, int, int, int]:
 
 # A new token or sink count must not compile the kernel again.
 @triton.jit(do_not_specialize=["num_rows", "num_sinks"])
-def _merge_kernel(
+def _merge_kernel(  # type: ignore[no-untyped-def]
     outs,  # per partial (B, rows, H, D), any float dtype
     lses,  # per partial (B, H, rows), fp32
     starts,

@@ -67,9 +67,9 @@ class Partial:
 class RowDelta:
     """delta = Σ_d dout · out per query row and head, as a kernel left it.
 
-    ``values`` is (B, H, ≥rows) dense or (H, ≥rows) varlen, fp32, for the first ``rows`` query rows; where it is used for more rows, the
-    others have delta = 0 (they have seen no key, so their out is 0). With ``block`` > 0 (FlashAttention-3, varlen) document b starts at
-    column ``(cu_seqlens_q[b] + b·block) // block · block`` instead of ``cu_seqlens_q[b]``.
+    ``values`` is (B, H, ≥rows) dense or (H, ≥rows) varlen, fp32, for the first ``rows`` query rows; where it is used for more rows,
+    the others have delta = 0 (they have seen no key, so their out is 0). With ``block`` > 0 (FlashAttention-3, varlen) document b
+    starts at column ``(cu_seqlens_q[b] + b·block) // block · block`` instead of ``cu_seqlens_q[b]``.
     """
 
     values: Tensor
@@ -114,7 +114,9 @@ class Backend(ABC):
         """Why the backend cannot run a call with this q (device, dtype, head_dim) and params, or None if it can."""
 
     @abstractmethod
-    def _forward(self, q: Tensor, k: Tensor, v: Tensor, params: AttentionParams, varlen: Varlen | None, out: Tensor | None) -> Partial: ...
+    def _forward(
+        self, q: Tensor, k: Tensor, v: Tensor, params: AttentionParams, varlen: Varlen | None, out: Tensor | None
+    ) -> Partial: ...
 
     @abstractmethod
     def _backward(

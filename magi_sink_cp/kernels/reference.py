@@ -28,7 +28,9 @@ def visible_mask(num_q: int, num_k: int, causal: bool = False, window_size: tupl
     return mask
 
 
-def document_mask(cu_seqlens_q: list[int], cu_seqlens_k: list[int], causal: bool, window_size: tuple[int, int] = (-1, -1)) -> Tensor:
+def document_mask(
+    cu_seqlens_q: list[int], cu_seqlens_k: list[int], causal: bool, window_size: tuple[int, int] = (-1, -1)
+) -> Tensor:
     """Boolean (total_q, total_k): :func:`visible_mask` of each document on the diagonal, False elsewhere."""
     mask = torch.zeros(cu_seqlens_q[-1], cu_seqlens_k[-1], dtype=torch.bool)
     for q_lo, q_hi, k_lo, k_hi in zip(cu_seqlens_q, cu_seqlens_q[1:], cu_seqlens_k, cu_seqlens_k[1:], strict=False):

@@ -53,7 +53,7 @@ def select_backend(name: str, q: Tensor, params: AttentionParams) -> Backend:
 
 
 def _select_auto(q: Tensor, params: AttentionParams) -> Backend:
-    reasons = []
+    reasons: list[str] = []
     for backend in _BACKENDS:
         reason = _unavailable(backend) or backend.unsupported(q, params)
         if reason is None:

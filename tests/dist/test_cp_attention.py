@@ -46,7 +46,9 @@ def cp_results(case: Case, group, device: torch.device, **arguments) -> dict[str
     return whole
 
 
-def body_matches_reference(group, device, *, arguments: dict, lengths: list[int], tolerance: float = 1e-5, **case_arguments) -> None:
+def body_matches_reference(
+    group, device, *, arguments: dict, lengths: list[int], tolerance: float = 1e-5, **case_arguments
+) -> None:
     case = make_case(lengths, lengths, **case_arguments)
     assert_close(cp_results(case, group, device, **arguments), truth(case), tolerance)
 
@@ -69,16 +71,31 @@ LENGTHS = {
 @pytest.mark.parametrize("lengths", LENGTHS.values(), ids=LENGTHS.keys())
 def test_matches_reference(num_ranks, causal, sink_layout, lengths):
     run_on_ranks(
-        num_ranks, body_matches_reference, arguments={}, lengths=lengths, causal=causal, sink_layout=sink_layout, s_sink=2, with_dlse=False
+        num_ranks,
+        body_matches_reference,
+        arguments={},
+        lengths=lengths,
+        causal=causal,
+        sink_layout=sink_layout,
+        s_sink=2,
+        with_dlse=False,
     )
 
 
 @pytest.mark.parametrize("num_ranks", [2, 3])
-@pytest.mark.parametrize("options", [{"softcap": 2.0}, {"softmax_scale": 0.3}, {"with_dlse": True}, {"dtype": torch.float64, "tolerance": 1e-12}])
+@pytest.mark.parametrize(
+    "options", [{"softcap": 2.0}, {"softmax_scale": 0.3}, {"with_dlse": True}, {"dtype": torch.float64, "tolerance": 1e-12}]
+)
 @pytest.mark.parametrize("sink_layout", ["sh", "ssh"])
 def test_options(num_ranks, options, sink_layout):
     run_on_ranks(
-        num_ranks, body_matches_reference, arguments={"deterministic": True}, lengths=[30, 11], causal=True, sink_layout=sink_layout, **options
+        num_ranks,
+        body_matches_reference,
+        arguments={"deterministic": True},
+        lengths=[30, 11],
+        causal=True,
+        sink_layout=sink_layout,
+        **options,
     )
 
 
@@ -176,7 +193,10 @@ def body_mutated_merge(group, device, *, mutant) -> None:
         partial = forward_kernel(*arguments)
         return Partial(*original([partial], case.sink)) if mutant == "per stage" else partial
 
-    with mock.patch.object(cp_module, "merge", mutated_merge), mock.patch.object(cp_module, "_forward_kernel", sink_in_every_partial):
+    with (
+        mock.patch.object(cp_module, "merge", mutated_merge),
+        mock.patch.object(cp_module, "_forward_kernel", sink_in_every_partial),
+    ):
         result = cp_results(case, group, device)
     for name in ("out", "lse", "dq", "dsink"):
         with pytest.raises(AssertionError, match=f"{name}: relative error"):

@@ -24,7 +24,14 @@ def body_within_plain_error(group, device, *, backend: str, lengths: list[int], 
     factor = 2.0
     if max(lengths) <= 4:  # rows that see few keys are nearly exact without a sink: see test_lengths_and_rows_without_a_key
         factor = 2 * 2**0.5
-        usual = make_case([64], [64], heads=8, dtype=torch.bfloat16, device=str(device), **{**case_arguments, "sink_layout": None, "with_dlse": False})
+        usual = make_case(
+            [64],
+            [64],
+            heads=8,
+            dtype=torch.bfloat16,
+            device=str(device),
+            **{**case_arguments, "sink_layout": None, "with_dlse": False},
+        )
         cu_seqlens = torch.tensor([0, 64], dtype=torch.int32, device=device)
         usual_run = run(attention_with_sink, usual, backend=backend, cu_seqlens_q=cu_seqlens, cu_seqlens_k=cu_seqlens)
         plain = {name: max(plain[name], error) for name, error in errors(usual_run, truth(usual)).items()}
