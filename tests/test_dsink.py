@@ -110,3 +110,15 @@ def test_needs_a_source_of_delta():
 )
 def test_fa3_backward_block(head_dim, window_size, softcap, expected):
     assert backward_block(head_dim, 1000, 1000, AttentionParams(1.0, window_size, softcap)) == expected
+
+
+@pytest.mark.parametrize("sink_layout", ["sh", "ssh"])
+def test_gradients_that_autograd_expanded(kernel, sink_layout):
+    """sum().backward() sends expanded gradients, whose strides are all 0."""
+    torch.manual_seed(0)
+    rows, heads, head_dim = 40, 3, 8
+    sink = torch.randn(*(() if sink_layout == "sh" else (rows,)), 2, heads)
+    lse, out = torch.randn(heads, rows) + 2, torch.randn(rows, heads, head_dim)
+    dout, dlse = torch.ones(()).expand_as(out), torch.ones(()).expand_as(lse)
+    result = kernel(sink, lse, None, out, dout, dlse)
+    torch.testing.assert_close(result.double(), exact(sink, lse, out.double().sum(-1).T, dlse), rtol=1e-5, atol=1e-5)

@@ -188,6 +188,18 @@ def test_merge_kernel_equals_its_twin(sink_layout, dense, head_dim):
         torch.testing.assert_close(result[1], expected[1], rtol=1e-6, atol=1e-5)
 
 
+@pytest.mark.parametrize("sink_layout", ["sh", "ssh"])
+def test_gradients_that_autograd_expanded(backend, sink_layout):
+    """sum().backward() sends expanded gradients, all strides 0, into out and lse."""
+    case = make_case([70], [70], batch=2, head_dim=64, sink_layout=sink_layout, dtype=torch.bfloat16, device="cuda", with_dlse=True)
+    case.dout, case.dlse = torch.ones_like(case.dout), torch.ones_like(case.dlse)
+    expected = run_on(case, backend)
+    case.dout = torch.ones((), dtype=torch.bfloat16, device="cuda").expand_as(case.dout)
+    case.dlse = torch.ones((), device="cuda").expand_as(case.dlse)
+    for name, value in run_on(case, backend).items():
+        torch.testing.assert_close(value, expected[name], rtol=1e-2, atol=1e-3)
+
+
 def test_deterministic_backward(backend):
     case = make_case([2000], [2000], batch=2, heads=8, heads_kv=2, head_dim=128, dtype=torch.bfloat16, device="cuda", causal=True)
     runs = [run(attention_with_sink, case, backend=backend, deterministic=True) for _ in range(3)]
@@ -203,7 +215,7 @@ def test_dsink_is_deterministic_and_keeps_its_digits_over_64k_rows():
     lse, sink = torch.randn(heads, rows, device="cuda") + 3, torch.randn(2, heads, device="cuda")
     per_row = (out.double() * dout.double()).sum(-1).T
     exact = -(torch.exp(sink.double()[:, :, None] - lse.double()) * per_row).sum(-1)
-    delta = RowDelta(per_row.float(), rows)
+    delta = RowDelta(per_row.float().contiguous(), rows)
     for arguments in ((delta,), (None, out, dout)):
         results = [sink_gradient(sink, lse, *arguments) for _ in range(3)]
         assert all(torch.equal(results[0], other) for other in results[1:])

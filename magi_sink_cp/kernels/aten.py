@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from magi_sink_cp.kernels.flash import FlashBackend, unit_stride
-from magi_sink_cp.kernels.protocol import AttentionParams, Gradients, Partial, Varlen
+from magi_sink_cp.kernels.flash import FlashBackend
+from magi_sink_cp.kernels.protocol import AttentionParams, Gradients, Partial, Varlen, unit_stride
 
 _INF = float("inf")
 
@@ -58,7 +58,8 @@ class AtenBackend(FlashBackend):
         was_deterministic = torch.are_deterministic_algorithms_enabled()
         was_warn_only = torch.is_deterministic_algorithms_warn_only_enabled()
         try:
-            torch.use_deterministic_algorithms(params.deterministic or was_deterministic, warn_only=True)
+            if params.deterministic:  # with warn_only the operator would warn and stay non-deterministic
+                torch.use_deterministic_algorithms(True)
             dq, dk, dv = torch.ops.aten._flash_attention_backward(
                 dout, q, k, v, out, lse, *_lengths(q, k, varlen), 0.0, params.causal, rng_state, unused, **_mask(params)
             )

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from magi_sink_cp.kernels.merge import lse_strides, out_strides, sink_strides
-from magi_sink_cp.kernels.protocol import RowDelta
+from magi_sink_cp.kernels.protocol import RowDelta, unit_stride
 from magi_sink_cp.kernels.triton_support import tl, triton
 
 
@@ -87,10 +87,12 @@ def sink_gradient_triton(
     shared = sink.dim() == 2
     if delta is not None:
         out = dout = None
+    # Gradients come as autograd leaves them, for example expanded from one number; the kernel reads dense rows.
+    dout, dlse = (None if x is None else unit_stride(x) for x in (dout, dlse))
     head_dim = 1 if out is None else out.shape[-1]
     block_dim = triton.next_power_of_2(head_dim)
     # With delta at hand a row is two fp32 numbers, and up to 8k rows fit in one block: nothing is left to add up, which saves a
-    # launch of the 10 µs that two would cost. Without, a row is two times head_dim elements.
+    # launch. Without, a row is two times head_dim elements.
     if delta is None:
         block_rows, num_warps = max(1, min(64, 4096 // block_dim)), 4
     else:
@@ -125,6 +127,7 @@ def sink_gradient_triton(
         heads,
         sink.shape[-2],
         0 if cu_seqlens is None else cu_seqlens.numel() - 1,
+        BATCHED=all_rows > rows,
         DELTA_BLOCK=0 if delta is None else delta.block,
         SHARED=shared,
         HEAD_DIM=head_dim,
@@ -161,6 +164,7 @@ def _sink_gradient_kernel(  # type: ignore[no-untyped-def]
     num_heads,
     num_sinks,
     num_documents,
+    BATCHED: tl.constexpr,
     DELTA_BLOCK: tl.constexpr,
     SHARED: tl.constexpr,
     HEAD_DIM: tl.constexpr,
@@ -168,10 +172,14 @@ def _sink_gradient_kernel(  # type: ignore[no-untyped-def]
     BLOCK_ROWS: tl.constexpr,
 ):
     head = (tl.program_id(0) % num_heads).to(tl.int64)
-    block = (tl.program_id(0) // num_heads).to(tl.int64)
+    block = tl.program_id(0) // num_heads
     batch_row = block * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
     inside = batch_row < all_rows
-    batch, row = batch_row // num_rows, batch_row % num_rows
+    batch = tl.zeros([BLOCK_ROWS], tl.int64)
+    row = batch_row.to(tl.int64)
+    if BATCHED:  # in 32 bits: a 64-bit division a row would cost more than the rest of the kernel
+        batch = (batch_row // num_rows).to(tl.int64)
+        row = row - batch * num_rows
 
     if delta_ptr is not None:
         has_delta = inside & (row < num_delta_rows)
@@ -208,7 +216,7 @@ def _sink_gradient_kernel(  # type: ignore[no-untyped-def]
         if SHARED:
             logit = tl.load(sink_ptr + j * sink_stride[2] + head * sink_stride[3]).to(tl.float32)
             total = tl.sum(tl.exp(logit - lse) * row_term, axis=0)
-            tl.store(dsink_ptr + block * dsink_stride[1] + j * dsink_stride[2] + head * dsink_stride[3], total)
+            tl.store(dsink_ptr + block.to(tl.int64) * dsink_stride[1] + j * dsink_stride[2] + head * dsink_stride[3], total)
         else:
             sink_row = batch * sink_stride[0] + row * sink_stride[1] + j * sink_stride[2] + head * sink_stride[3]
             logit = tl.load(sink_ptr + sink_row, mask=inside, other=float("-inf")).to(tl.float32)

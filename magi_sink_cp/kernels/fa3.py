@@ -18,8 +18,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from magi_sink_cp.kernels.flash import FlashBackend, unit_stride
-from magi_sink_cp.kernels.protocol import AttentionParams, Gradients, Partial, RowDelta, Varlen
+from magi_sink_cp.kernels.flash import FlashBackend
+from magi_sink_cp.kernels.protocol import AttentionParams, Gradients, Partial, RowDelta, Varlen, unit_stride
 
 INSTALL_HINT = (
     "install FlashAttention-3 from https://github.com/Dao-AILab/flash-attention (folder hopper), or "

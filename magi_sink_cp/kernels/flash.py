@@ -7,7 +7,7 @@ from abc import abstractmethod
 import torch
 from torch import Tensor
 
-from magi_sink_cp.kernels.protocol import AttentionParams, Backend, Gradients, Varlen
+from magi_sink_cp.kernels.protocol import AttentionParams, Backend, Gradients, Varlen, unit_stride
 
 MAX_HEAD_DIM = 256
 
@@ -67,8 +67,3 @@ class FlashBackend(Backend):
             rest = rest - split_out[..., channel]
         share = self._kernel_backward(split_dout, q, k, torch.zeros_like(v), split_out, lse, params, varlen)
         return Gradients(grads.dq + share.dq, grads.dk + share.dk, grads.dv, grads.delta)
-
-
-def unit_stride(x: Tensor) -> Tensor:
-    """x, copied only if its last dimension is strided: the kernels read any other strides."""
-    return x if x.stride(-1) == 1 else x.contiguous()

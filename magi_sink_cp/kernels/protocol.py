@@ -93,6 +93,11 @@ def stat_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
+def unit_stride(x: Tensor) -> Tensor:
+    """x, copied only if its last dimension is strided: the kernels read any other strides."""
+    return x if x.stride(-1) == 1 else x.contiguous()
+
+
 def nothing_seen(q: Tensor, out: Tensor | None = None) -> Partial:
     """The partial of rows that have seen no key yet: out = 0 (in ``out`` if given), lse = -inf."""
     *batch, rows, heads, _ = q.shape
