@@ -61,7 +61,11 @@ def offsets_of(case: Case) -> dict:
 def test_matches_reference(case):
     if case.dlse is not None:
         case.dlse[torch.isneginf(truth_lse(case))] = 0.0  # no finite gradient belongs to log 0
-    assert_close(run(attention_with_sink, case, **offsets_of(case)), truth(case), FP32_TOLERANCE)
+    result, expected = run(attention_with_sink, case, **offsets_of(case)), truth(case)
+    # An lse of -1e4 (a row that sees such a sink alone) is known to fp32's last bit, 1e-3, and so is exp(z - lse).
+    largest = expected.values["lse"].nan_to_num(neginf=0.0).abs().max().item() if result["lse"].numel() else 0.0
+    assert_close({"dsink": result.pop("dsink")}, expected, max(FP32_TOLERANCE, 2**-22 * largest))
+    assert_close(result, expected, FP32_TOLERANCE)
 
 
 def truth_lse(case: Case) -> torch.Tensor:
