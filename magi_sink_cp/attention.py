@@ -70,7 +70,7 @@ def attention_with_sink(
     shape_text = "(total, heads, head_dim), as cu_seqlens are given," if packed else "(batch, seqlen, heads, head_dim)"
     check_qkv(q, k, v, 3 if packed else 4, shape_text)
     check_sink(sink, sink_layout, q)
-    params = make_params(q, softmax_scale, causal, window_size, softcap, deterministic)
+    params = make_params(q.shape[-1], softmax_scale, causal, window_size, softcap, deterministic)
     varlen = make_varlen(q, k, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
     call = _Call(select_backend(backend, q, params), params, varlen)
     out, lse = _AttentionWithSink.apply(q, k, v, sink, call)
@@ -103,6 +103,7 @@ class _AttentionWithSink(torch.autograd.Function):
         q, k, v, sink, out, lse = ctx.saved_tensors
         call: _Call = ctx.call
         dout = torch.zeros_like(out) if dout is None else dout
+        dlse = None if dlse is None else dlse.masked_fill(torch.isneginf(lse), 0.0)  # log 0 depends on nothing
         grads = call.backend.backward(dout, q, k, v, out, lse, call.params, call.varlen, dlse)
         dsink = sink_gradient(sink, lse, grads.delta, out, dout, dlse).to(sink.dtype) if ctx.needs_input_grad[3] else None
         return grads.dq, grads.dk, grads.dv, dsink, None

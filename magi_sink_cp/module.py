@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from magi_sink_cp.attention import attention_with_sink
 from magi_sink_cp.dist.attention import DSINK_REDUCTIONS, cp_attention_with_sink
 from magi_sink_cp.dist.plan import CPPlan
+from magi_sink_cp.kernels.inputs import make_params
 
 
 class SinkAttention(nn.Module):
@@ -42,10 +43,11 @@ class SinkAttention(nn.Module):
     ) -> None:
         super().__init__()
         for name, value in (("num_heads", num_heads), ("num_sinks", num_sinks)):
-            if not isinstance(value, int) or value < 1:
+            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
                 raise ValueError(f"{name} must be an int >= 1, got {value!r}")
         if dsink_reduce not in DSINK_REDUCTIONS:
             raise ValueError(f"dsink_reduce must be one of {DSINK_REDUCTIONS}, got {dsink_reduce!r}")
+        make_params(1, softmax_scale, causal, window_size, softcap, deterministic)  # raises here rather than in forward
         self.init_std = init_std
         self.dsink_reduce = dsink_reduce
         self.options: dict[str, Any] = {

@@ -26,7 +26,6 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-import triton
 from torch import Tensor
 
 from magi_sink_cp import attention_with_sink, cp_attention_with_sink, make_cp_plan
@@ -50,6 +49,8 @@ def main() -> int:
     parser.add_argument("--rounds", type=int, default=60, help="rounds per shape (fewer for shapes that take long)")
     parser.add_argument("--commit", help="commit to record (default: asks git)")
     args = parser.parse_args()
+    if args.rounds < 10:
+        parser.error(f"--rounds must be at least 10 for a median and quantiles, got {args.rounds}")
     if not torch.cuda.is_available():
         print("bench.py needs a CUDA GPU: absolute times of another device say nothing here", file=sys.stderr)
         return 2
@@ -67,7 +68,7 @@ class PlainAttention(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, backend: Backend) -> Tensor:
-        ctx.backend, ctx.params = backend, make_params(q, None, True, (-1, -1), 0.0, False)
+        ctx.backend, ctx.params = backend, make_params(q.shape[-1], None, True, (-1, -1), 0.0, False)
         partial = backend.forward(q, k, v, ctx.params)
         ctx.save_for_backward(q, k, v, partial.out, partial.lse)
         return partial.out
@@ -174,7 +175,7 @@ def dist_rows(args: argparse.Namespace, tokens: int, head_dim: int) -> list[Row]
 
 def chosen_backend(args: argparse.Namespace, q: Tensor) -> Backend:
     """The backend of both sides, for a causal call."""
-    return select_backend(args.backend, q, make_params(q, None, True, (-1, -1), 0.0, False))
+    return select_backend(args.backend, q, make_params(q.shape[-1], None, True, (-1, -1), 0.0, False))
 
 
 def draw(leading: tuple[int, ...], head_dim: int) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
@@ -227,6 +228,8 @@ def write(args: argparse.Namespace, rows: list[Row]) -> None:
     if commit is None:
         result = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, cwd=Path(__file__).parent)
         commit = result.stdout.strip() or "unknown"
+    import triton
+
     probe = torch.empty(1, 1, 1, 64, device="cuda", dtype=torch.bfloat16)
     backend = chosen_backend(args, probe)
     origin = {
@@ -236,7 +239,7 @@ def write(args: argparse.Namespace, rows: list[Row]) -> None:
         "triton": triton.__version__,
         "commit": commit,
         "date": datetime.date.today().isoformat(),
-        "command": "python " + shlex.join(sys.argv[:2]),
+        "command": shlex.join(["scripts/bench.py", *sys.argv[1:]]),
     }
     shape = ("batch", "tokens", "heads", "heads_kv", "head_dim", "ranks")
     results = ("measured", "median_us", "p20_us", "p80_us", "rounds", "percent_of_plain", "passes_over_out")

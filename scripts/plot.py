@@ -39,6 +39,8 @@ def draw(folder: Path, name: str, function: Callable[[list[dict[str, str]]], Any
         return False
     with source.open() as file:
         rows = list(csv.DictReader(file))
+    if not rows:
+        raise SystemExit(f"{source} holds no rows; scripts/bench.py writes them")
     figure = function(rows)
     origin = rows[0]
     text = f"{origin['gpu']}, {origin['backend']}, torch {origin['torch']}, commit {origin['commit']}, {origin['date']}"

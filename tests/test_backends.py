@@ -81,14 +81,14 @@ def test_what_flash_attention_does_not_take(change, message):
         dtype = change.get("dtype", torch.bfloat16)
         shape = (1, 4, 2, change.get("head_dim", 64))
 
-    params = make_params(torch.empty(1, 1, 1, 8), None, False, (-1, -1), 0.0, False)
+    params = make_params(8, None, False, (-1, -1), 0.0, False)
     assert message in registry.AtenBackend().unsupported(OnCuda(), params)
     on_cpu = torch.empty(1, 4, 2, 64, dtype=torch.bfloat16)
     assert "and q is on cpu" in registry.AtenBackend().unsupported(on_cpu, params)
 
 
 def test_aten_names_softcap():
-    params = make_params(torch.empty(1, 1, 1, 8), None, False, (-1, -1), 5.0, False)
+    params = make_params(8, None, False, (-1, -1), 5.0, False)
     assert "no softcap" in registry.AtenBackend().unsupported(torch.empty(1, 1, 1, 8), params)
 
 

@@ -56,7 +56,11 @@ DENSE = [
     ({"window_size": 128}, ValueError, "window_size must be two ints .* got 128"),
     ({"softmax_scale": 0.0}, ValueError, "softmax_scale must be finite and > 0, got 0.0"),
     ({"softmax_scale": float("nan")}, ValueError, "softmax_scale must be finite and > 0, got nan"),
-    ({"softmax_scale": "1"}, TypeError, "softmax_scale must be a float, got str"),
+    ({"softmax_scale": "1"}, TypeError, "softmax_scale must be a float, got '1'"),
+    ({"softmax_scale": True}, TypeError, "softmax_scale must be a float, got True"),
+    ({"softmax_scale": 10**400}, ValueError, "softmax_scale must be finite and > 0, got 1000"),
+    ({"window_size": (2**31, 0)}, ValueError, r"window_size must be two ints .* got \(2147483648, 0\)"),
+    ({"window_size": (True, False)}, ValueError, r"window_size must be two ints .* got \(True, False\)"),
     ({"softcap": -1.0}, ValueError, "softcap must be finite and >= 0, got -1.0"),
     ({"causal": "yes"}, TypeError, "causal must be a bool, got 'yes'"),
     ({"max_seqlen_q": 5}, ValueError, "max_seqlen_q belongs to cu_seqlens_q and cu_seqlens_k, which are not given"),
@@ -122,6 +126,8 @@ PLAN = [
     ({"cu_seqlens": [0, 7, 5, 10]}, ValueError, "cu_seqlens must not fall, but entry 2 is 5 after 7"),
     ({"cu_seqlens": [1, 10]}, ValueError, r"cu_seqlens must start at 0, got \[1, 10\]"),
     ({"cu_seqlens": 10}, TypeError, "cu_seqlens must be an int32 tensor, a sequence of ints or None, got int"),
+    ({"cu_seqlens": [0, 6.0, 10]}, TypeError, "cu_seqlens must hold ints, got 6.0 at entry 1"),
+    ({"cu_seqlens": [False, 10]}, TypeError, "cu_seqlens must hold ints, got False at entry 0"),
     ({"cu_seqlens": cu(0, 10, dtype=torch.int64)}, TypeError, "cu_seqlens must have dtype torch.int32"),
     ({"group": "world"}, TypeError, "group must be a ProcessGroup, a 1-D DeviceMesh or None, got str"),
 ]
@@ -145,6 +151,7 @@ CP = [
         ValueError,
         "dsink_reduce='sum' is for sink_layout='sh'",
     ),
+    ({"dsink_reduce": "sum"}, ValueError, "dsink_reduce='sum' reduces the gradient of a sink, and sink is None"),
     ({"window_size": (4, 0)}, NotImplementedError, r"window_size=\(4, 0\) does not run across ranks yet"),
     ({"backend": "nope"}, ValueError, "backend must be 'auto' or one of"),
 ]
@@ -172,8 +179,11 @@ def test_plan_shard():
 def test_sink_attention():
     with pytest.raises(ValueError, match="num_sinks must be an int >= 1, got 0"):
         SinkAttention(4, 0)
-    with pytest.raises(ValueError, match="num_heads must be an int >= 1, got 2.5"):
-        SinkAttention(2.5)
+    for wrong in (2.5, True):
+        with pytest.raises(ValueError, match=f"num_heads must be an int >= 1, got {wrong}"):
+            SinkAttention(wrong)
+    with pytest.raises(ValueError, match="window_size must be two ints"):
+        SinkAttention(4, window_size=(-5, 0))
     with pytest.raises(ValueError, match="dsink_reduce must be one of"):
         SinkAttention(4, dsink_reduce="mean")
     plan = make_cp_plan(6, cu_seqlens=cu(0, 6))

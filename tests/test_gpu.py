@@ -139,13 +139,48 @@ def test_gradient_of_lse(backend, packed, sink_layout):
     check(case, backend)
 
 
+@pytest.mark.parametrize("size", [1e-9, 1e-5, 1e5])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_gradient_of_lse_of_any_size(backend, size, dtype):
+    """A z-loss divided by its tokens sends 1e-9 into lse, which fp16 cannot hold; dq and dk are right where they can be held."""
+    case = make_case([90], [90], batch=1, head_dim=64, dtype=dtype, device="cuda", with_dlse=True)
+    case.dout = torch.zeros_like(case.dout)
+    case.dlse = case.dlse * size
+    result, expected = run_on(case, backend), truth(case)
+    for name in ("dq", "dk"):
+        true = expected.values[name]
+        if true.abs().max() < torch.finfo(dtype).max:  # where the result can be held at all
+            allowed = 2 * torch.finfo(dtype).eps * true.norm() + torch.finfo(dtype).smallest_normal * true.numel() ** 0.5
+            assert (result[name].double() - true).norm() <= allowed, name
+
+
+def test_documents_of_one_row_and_of_none(backend):
+    """A full mask, grouped heads and max_seqlen_q = 1: a kernel that packs the heads of one row must not count the empty document."""
+    check(make_case([1, 0, 1], [70, 5, 64], heads=8, heads_kv=2, head_dim=64, dtype=torch.bfloat16, device="cuda"), backend)
+
+
+@pytest.mark.gpu(count=2)
+def test_tensors_on_another_than_the_current_gpu(backend):
+    case = make_case([100], [100], batch=1, head_dim=64, dtype=torch.bfloat16, device="cuda:1", causal=True)
+    assert torch.cuda.current_device() == 0
+    check(case, backend)
+
+
+def test_views_that_are_not_aligned(backend):
+    base = torch.randn(1, 50, 2, 100, device="cuda", dtype=torch.bfloat16)
+    view = base[..., 3:67]
+    sink = torch.randn(1, 2, device="cuda")
+    expected = attention_with_sink(*(view.contiguous() for _ in range(3)), sink, backend=backend)
+    assert torch.equal(attention_with_sink(view, view, view, sink, backend=backend), expected)
+
+
 @pytest.mark.parametrize("head_dim", [64, 96, 128, 192])
 @pytest.mark.parametrize("mask", MASKS.values(), ids=MASKS.keys())
 @pytest.mark.parametrize("lengths", [[200, 1, 0, 77, 130, 3], [1], [64, 64], [500]])
 def test_fa3_hands_over_delta(head_dim, mask, lengths):
     """The padding of varlen softmax_d is what RowDelta says: dsink from it has the digits of dsink from out and dout in fp64."""
     case = make_case(lengths, lengths, heads=4, heads_kv=2, head_dim=head_dim, dtype=torch.bfloat16, device="cuda")
-    params = make_params(case.q, None, mask.get("causal", False), mask.get("window_size", (-1, -1)), 0.0, False)
+    params = make_params(case.q.shape[-1], None, mask.get("causal", False), mask.get("window_size", (-1, -1)), 0.0, False)
     fa3 = select_backend("fa3", case.q, params)
     cu_seqlens = torch.tensor(case.cu_seqlens_q, dtype=torch.int32, device="cuda")
     varlen = Varlen(cu_seqlens, cu_seqlens, max(lengths), max(lengths))
@@ -238,7 +273,7 @@ def test_large_offsets():
 
 def test_softcap_is_named_as_what_a_build_lacks(backend):
     case = make_case([32], [32], batch=1, head_dim=64, dtype=torch.bfloat16, device="cuda", softcap=5.0)
-    params = make_params(case.q, None, False, (-1, -1), 5.0, False)
+    params = make_params(case.q.shape[-1], None, False, (-1, -1), 5.0, False)
     lacks_softcap = (
         backend == "aten" or "xformers" in select_backend("fa3", case.q, dataclasses.replace(params, softcap=0.0)).describe()
     )

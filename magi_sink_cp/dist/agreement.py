@@ -12,11 +12,16 @@ from torch.distributed import ProcessGroup
 _RECORD_BYTES = 4096
 
 
+def backend_for(group: ProcessGroup, device_type: str) -> str | None:
+    """The backend by which the group moves tensors of a device type, or None: "nccl" for CUDA tensors, "gloo" for the CPU's."""
+    configured = dict(entry.split(":") for entry in dist.get_backend_config(group).split(","))
+    name = configured.get(device_type)
+    return None if (device_type, name) == ("cuda", "gloo") else name  # gloo sends no CUDA tensors from rank to rank
+
+
 def group_device(group: ProcessGroup) -> torch.device:
-    """Where the group's collectives take their tensors: the current CUDA device for NCCL, else the CPU."""
-    if "nccl" in dist.get_backend_config(group):
-        return torch.device("cuda", torch.cuda.current_device())
-    return torch.device("cpu")
+    """Where the group's attention runs: on the current GPU if it has a backend for it, else on the CPU."""
+    return torch.device("cuda", torch.cuda.current_device()) if backend_for(group, "cuda") else torch.device("cpu")
 
 
 def agree(record: Mapping[str, object] | Exception, group: ProcessGroup, what: str) -> None:
@@ -28,10 +33,16 @@ def agree(record: Mapping[str, object] | Exception, group: ProcessGroup, what: s
         ValueError: on every rank, if the records differ or another rank failed; the text says which rank has what.
         Exception: on a rank that passed an exception, that exception.
     """
-    content = {"error": f"{type(record).__name__}: {record}"[:600]} if isinstance(record, Exception) else dict(record)
-    encoded = json.dumps(content).encode()
-    assert len(encoded) <= _RECORD_BYTES, f"the record of {what} has {len(encoded)} bytes, more than {_RECORD_BYTES}"
-    mine = torch.frombuffer(bytearray(encoded.ljust(_RECORD_BYTES)), dtype=torch.uint8).to(group_device(group))
+    content: dict[str, object] = {"call": what}
+    if isinstance(record, Exception):
+        content = {"error": f"{type(record).__name__}: {record}"[:600]}  # at most 600 · 6 bytes as JSON
+    else:
+        content |= record
+    encoded = json.dumps(content, ensure_ascii=False).encode()
+    if len(encoded) > _RECORD_BYTES:
+        raise ValueError(f"the arguments of {what} take {len(encoded)} bytes to compare, more than {_RECORD_BYTES}")
+    device = torch.device("cpu") if backend_for(group, "cpu") else group_device(group)
+    mine = torch.frombuffer(bytearray(encoded.ljust(_RECORD_BYTES)), dtype=torch.uint8).to(device)
     gathered = mine.new_empty(dist.get_world_size(group) * _RECORD_BYTES)
     dist.all_gather(list(gathered.split(_RECORD_BYTES)), mine, group=group)
     if isinstance(record, Exception):
@@ -42,7 +53,7 @@ def agree(record: Mapping[str, object] | Exception, group: ProcessGroup, what: s
         if "error" in other:
             raise ValueError(f"{what}: cp rank {rank} was given something invalid, so no rank goes on: {other['error']}")
     for name in records[0]:
-        values = [other[name] for other in records]
+        values = [other.get(name) for other in records]
         if any(value != values[0] for value in values):
             text = ", ".join(f"rank {rank}: {value!r}" for rank, value in enumerate(values))
             raise ValueError(f"{what}: all ranks of the cp group must be given the same {name}, got {text}")

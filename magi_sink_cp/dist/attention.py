@@ -14,6 +14,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from magi_sink_cp.dist.agreement import backend_for
 from magi_sink_cp.dist.layout import RankRanges
 from magi_sink_cp.dist.plan import CPPlan
 from magi_sink_cp.dist.schedule import KernelCall, Schedule, Stage
@@ -60,11 +61,11 @@ def cp_attention_with_sink(
         sink_layout, softmax_scale, softcap, deterministic, backend, return_lse: as in attention_with_sink.
 
     Returns:
-        out (plan.local_tokens, h, d), or (out, lse) with lse (h, plan.local_tokens). Padding rows have out = 0.
+        out (plan.local_tokens, h, d), or (out, lse) with lse (h, plan.local_tokens). On padding both are 0, whatever the sink.
 
     Raises:
-        TypeError, ValueError: an argument is invalid, or the ranks differ in their arguments; compared over the group when it first
-            sees them, before any data moves.
+        TypeError, ValueError: an argument is invalid, or the ranks differ in their arguments, which they compare before any data
+            moves: every time on a CPU group, on GPUs the first time that the group sees them.
         NotImplementedError: window_size limits the mask.
     """
     if not isinstance(plan, CPPlan):
@@ -73,7 +74,7 @@ def cp_attention_with_sink(
         call = _check_call(
             q, k, v, sink, plan, sink_layout, softmax_scale, causal, window_size, softcap, deterministic, dsink_reduce, backend
         )
-    except (TypeError, ValueError, NotImplementedError) as error:
+    except Exception as error:
         plan.agree(error, "cp_attention_with_sink")
         raise
     plan.agree(_signature(q, k, v, sink, call, sink_layout), "cp_attention_with_sink")
@@ -114,7 +115,7 @@ def _check_call(
                 f"{name} must have the plan's local_tokens, {plan.local_tokens}, as its first size, got {tuple(x.shape)}"
             )
     check_sink(sink, sink_layout, q)
-    params = make_params(q, softmax_scale, causal, window_size, softcap, deterministic)
+    params = make_params(q.shape[-1], softmax_scale, causal, window_size, softcap, deterministic)
     if params.window_size not in ((-1, -1), (-1, 0)):
         raise NotImplementedError(
             f"window_size={tuple(window_size)} does not run across ranks yet; allowed are (-1, -1) and (-1, 0). "
@@ -124,8 +125,11 @@ def _check_call(
         raise ValueError(f"dsink_reduce must be one of {DSINK_REDUCTIONS}, got {dsink_reduce!r}")
     if dsink_reduce != "none" and sink_layout == "ssh":
         raise ValueError(f"dsink_reduce={dsink_reduce!r} is for sink_layout='sh'; the rows of an 'ssh' sink live on one rank each")
-    if plan.group is not None and plan.cp_size > 1 and "nccl" in dist.get_backend_config(plan.group) and not q.is_cuda:
-        raise ValueError(f"q, k and v must be CUDA tensors for the plan's NCCL group, got {q.device}")
+    if dsink_reduce != "none" and sink is None:
+        raise ValueError(f"dsink_reduce={dsink_reduce!r} reduces the gradient of a sink, and sink is None")
+    if plan.group is not None and backend_for(plan.group, q.device.type) is None:
+        config = dist.get_backend_config(plan.group)
+        raise ValueError(f"q, k and v must be on a device that the plan's group ({config}) can send from, got {q.device}")
     return _Call(plan, plan.schedule(params.causal), select_backend(backend, q, params), params, dsink_reduce)
 
 
@@ -140,7 +144,7 @@ def _signature(q: Tensor, k: Tensor, v: Tensor, sink: Tensor | None, call: _Call
         "mask and scores": repr(call.params),
         "dsink_reduce": call.dsink_reduce,
         "backend": call.backend.name,
-        "requires_grad of q, k, v, sink": [x is not None and x.requires_grad for x in (q, k, v, sink)],
+        "requires_grad of q, k, v, sink": [torch.is_grad_enabled() and x is not None and x.requires_grad for x in (q, k, v, sink)],
     }
 
 
@@ -169,6 +173,9 @@ class _CPAttentionWithSink(torch.autograd.Function):
                 partials.append(_forward_kernel(q[rows], k_stage[keys], v_stage[keys], kernel, call, target))
         out, lse = merge(partials or [nothing_seen(q)], sink, out=out)
         ctx.save_for_backward(q, k, v, sink, out, lse)
+        if call.plan.real_tokens < q.shape[0]:  # the padding's lse, the sink alone, must not reach a loss on lse
+            lse = lse.clone()
+            lse[:, call.plan.real_tokens :] = 0.0
         ctx.call = call
         ctx.set_materialize_grads(False)
         return out, lse
@@ -179,6 +186,8 @@ class _CPAttentionWithSink(torch.autograd.Function):
         q, k, v, sink, out, lse = ctx.saved_tensors
         call: _Call = ctx.call
         dout = torch.zeros_like(out) if dout is None else dout
+        if dlse is not None:  # log 0 depends on nothing, and padding belongs to nothing
+            dlse = dlse.masked_fill(torch.isneginf(lse) | (torch.arange(q.shape[0], device=q.device) >= call.plan.real_tokens), 0.0)
         remote = call.schedule.remote
         dq = _GradientSum(q, sum(len(stage.calls) for stage in call.schedule.stages))
         arrivals = 1 + sum(stage.sent_tokens > 0 for stage in remote)

@@ -50,13 +50,13 @@ def make_cp_plan(
     process_group = _process_group(group)
     try:
         documents = _check_arguments(total_tokens, cu_seqlens, layout)
-    except (TypeError, ValueError) as error:
+    except Exception as error:
         if process_group is not None:
             agree(error, process_group, "make_cp_plan")
         raise
     if process_group is not None:
-        digest = hashlib.sha256(repr(documents).encode()).hexdigest()[:16]
-        agree({"total_tokens": total_tokens, "layout": layout, "cu_seqlens (sha256)": digest}, process_group, "make_cp_plan")
+        record = {"total_tokens": total_tokens, "layout": layout, "cu_seqlens (sha256)": _sha256(documents)}
+        agree(record, process_group, "make_cp_plan")
     if process_group is not None:
         device = group_device(process_group)
     elif isinstance(cu_seqlens, Tensor):
@@ -75,6 +75,7 @@ class CPPlan:
         pad_tokens: padding of the whole sequence: cp_size · local_tokens - total_tokens.
         position_ids: int64 (local_tokens,), each token's position within its document (0 on padding).
         token_mask: bool (local_tokens,), False on padding.
+        real_tokens: tokens of this rank that are not padding; they come first.
         rank, cp_size: this rank within the cp group, and its size (0 and 1 without a group).
         group: the ProcessGroup, or None.
 
@@ -99,6 +100,8 @@ class CPPlan:
         real = token < total_tokens
         self.position_ids = torch.where(real, position, 0).to(device)
         self.token_mask = real.to(device)
+        self.real_tokens = int(real.sum())
+        self._digest = _sha256((total_tokens, layout, documents))
         self._schedules: dict[bool, Schedule] = {}
         self._varlens: dict[tuple[KernelCall, torch.device], Varlen | None] = {}
 
@@ -145,24 +148,23 @@ class CPPlan:
         return self._varlens[key]
 
     def agree(self, signature: Mapping[str, object] | Exception, what: str) -> None:
-        """Compare a call's signature over the ranks, the first time that this group sees it.
+        """Compare a call's signature over the ranks: every time on a CPU group, on GPUs the first time that this group sees it.
 
-        An exception is exchanged only while the group has agreed on nothing yet: after that the other ranks may be past this point.
+        On GPUs an exception is exchanged only while the group has agreed on nothing yet: after that the others may be past this.
         """
         if self.group is None:
             if isinstance(signature, Exception):
                 raise signature
             return
         seen = _agreed.setdefault(self.group, set())
+        every_time = group_device(self.group).type == "cpu"
         if isinstance(signature, Exception):
-            if seen:
+            if seen and not every_time:
                 raise signature
             agree(signature, self.group, what)
-        else:
-            key = repr(signature)
-            if key not in seen:
-                agree(signature, self.group, what)
-                seen.add(key)
+        elif every_time or repr((what, signature)) not in seen:
+            agree({**signature, "plan (sha256)": self._digest}, self.group, what)
+            seen.add(repr((what, signature)))
 
     def _check_size(self, x: Tensor, dim: int, size: int, what: str) -> None:
         if not isinstance(x, Tensor):
@@ -171,6 +173,10 @@ class CPPlan:
             raise ValueError(f"dim must be a dimension of x, whose shape is {tuple(x.shape)}, got {dim}")
         if x.shape[dim] != size:
             raise ValueError(f"x must have the plan's {what}, {size}, along dim {dim}, got shape {tuple(x.shape)}")
+
+
+def _sha256(value: object) -> str:
+    return hashlib.sha256(repr(value).encode()).hexdigest()[:16]
 
 
 def _varlen(call: KernelCall, device: torch.device) -> Varlen:
@@ -202,6 +208,10 @@ class _Along:
         plan = self.plan
         local = x.movedim(self.dim, 0).contiguous()
         gathered = local
+        if plan.group is not None:
+            plan.agree(
+                {"dim": self.dim, "shape": str(tuple(x.shape)), "dtype": str(x.dtype)}, "CPPlan.unshard (or shard's backward)"
+            )
         if plan.group is not None and local.numel():
             gathered = local.new_empty(plan.cp_size * plan.local_tokens, *local.shape[1:])
             dist.all_gather(list(gathered.chunk(plan.cp_size)), local, group=plan.group)
@@ -269,7 +279,10 @@ def _check_arguments(total_tokens: int, cu_seqlens: Tensor | Sequence[int] | Non
         offsets: tuple[int, ...] = (0, total_tokens)
     elif isinstance(cu_seqlens, Tensor):
         offsets = read_cu_seqlens(cu_seqlens, "cu_seqlens", total_tokens)
-    elif isinstance(cu_seqlens, Sequence) and all(isinstance(x, int) for x in cu_seqlens):
+    elif isinstance(cu_seqlens, Sequence):
+        for entry, value in enumerate(cu_seqlens):
+            if not isinstance(value, int) or isinstance(value, bool):
+                raise TypeError(f"cu_seqlens must hold ints, got {value!r} at entry {entry}")
         offsets = check_offsets(tuple(cu_seqlens), "cu_seqlens", total_tokens)
     else:
         raise TypeError(f"cu_seqlens must be an int32 tensor, a sequence of ints or None, got {type(cu_seqlens).__name__}")

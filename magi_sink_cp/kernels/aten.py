@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from magi_sink_cp.kernels.flash import FlashBackend
-from magi_sink_cp.kernels.protocol import AttentionParams, Gradients, Partial, Varlen, unit_stride
+from magi_sink_cp.kernels.flash import FlashBackend, kernel_ready
+from magi_sink_cp.kernels.protocol import AttentionParams, Gradients, Partial, Varlen
 
 _INF = float("inf")
 
@@ -35,7 +35,7 @@ class AtenBackend(FlashBackend):
     def _forward(
         self, q: Tensor, k: Tensor, v: Tensor, params: AttentionParams, varlen: Varlen | None, out: Tensor | None
     ) -> Partial:
-        q, k, v = (unit_stride(x) for x in (q, k, v))
+        q, k, v = (kernel_ready(x) for x in (q, k, v))
         result, lse, *_ = torch.ops.aten._flash_attention_forward(
             q, k, v, *_lengths(q, k, varlen), 0.0, params.causal, False, **_mask(params)
         )
@@ -71,7 +71,9 @@ class AtenBackend(FlashBackend):
 def _lengths(q: Tensor, k: Tensor, varlen: Varlen | None) -> tuple[Tensor | None, Tensor | None, int, int]:
     if varlen is None:
         return None, None, q.shape[1], k.shape[1]
-    return varlen.cu_seqlens_q, varlen.cu_seqlens_k, varlen.max_seqlen_q, varlen.max_seqlen_k
+    # With max_seqlen_q = 1 the operator assumes that every document has one row and reshapes q for it; a zero-row document breaks
+    # that. It is only an upper bound.
+    return varlen.cu_seqlens_q, varlen.cu_seqlens_k, max(2, varlen.max_seqlen_q), varlen.max_seqlen_k
 
 
 def _mask(params: AttentionParams) -> dict[str, float | int | None]:

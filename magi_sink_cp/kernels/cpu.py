@@ -34,8 +34,9 @@ class CpuBackend(Backend):
         self, q: Tensor, k: Tensor, v: Tensor, params: AttentionParams, varlen: Varlen | None, out: Tensor | None
     ) -> Partial:
         partial = nothing_seen(q, out)
-        for rows, keys, stats in _documents(q, varlen):
-            _forward_document(q[rows], k[keys], v[keys], params, partial.out[rows], partial.lse[stats])
+        with _full_precision():
+            for rows, keys, stats in _documents(q, varlen):
+                _forward_document(q[rows], k[keys], v[keys], params, partial.out[rows], partial.lse[stats])
         return partial
 
     def _backward(
@@ -53,11 +54,17 @@ class CpuBackend(Backend):
         delta = (dout.to(lse.dtype) * out.to(lse.dtype)).sum(-1).transpose(-1, -2)
         row_term = delta if dlse is None else delta - dlse
         dq, dk, dv = torch.zeros_like(q), torch.zeros_like(k), torch.zeros_like(v)
-        for rows, keys, stats in _documents(q, varlen):
-            dq[rows], dk[keys], dv[keys] = _backward_document(
-                dout[rows], q[rows], k[keys], v[keys], lse[stats], row_term[stats], params
-            )
+        with _full_precision():
+            for rows, keys, stats in _documents(q, varlen):
+                dq[rows], dk[keys], dv[keys] = _backward_document(
+                    dout[rows], q[rows], k[keys], v[keys], lse[stats], row_term[stats], params
+                )
         return Gradients(dq, dk, dv, RowDelta(delta, delta.shape[-1]))
+
+
+def _full_precision() -> torch.autocast:
+    """autocast would run the products in bf16."""
+    return torch.autocast("cpu", enabled=False)
 
 
 def _documents(q: Tensor, varlen: Varlen | None) -> Iterator[tuple[_Index, _Index, _Index]]:

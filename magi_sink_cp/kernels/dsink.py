@@ -37,7 +37,8 @@ def sink_gradient(
         return torch.zeros_like(sink, dtype=lse.dtype if sink.dim() == 2 else sink.dtype)
     if delta is None and (out is None or dout is None):
         raise ValueError("sink_gradient needs delta, or out and dout to compute it from")
-    return (sink_gradient_triton if lse.is_cuda else sink_gradient_torch)(sink, lse, delta, out, dout, dlse)
+    with torch.cuda.device_of(lse):  # Triton launches on the current device
+        return (sink_gradient_triton if lse.is_cuda else sink_gradient_torch)(sink, lse, delta, out, dout, dlse)
 
 
 def sink_gradient_torch(

@@ -18,8 +18,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from magi_sink_cp.kernels.flash import FlashBackend
-from magi_sink_cp.kernels.protocol import AttentionParams, Gradients, Partial, RowDelta, Varlen, unit_stride
+from magi_sink_cp.kernels.flash import FlashBackend, kernel_ready
+from magi_sink_cp.kernels.protocol import AttentionParams, Gradients, Partial, RowDelta, Varlen
 
 INSTALL_HINT = (
     "install FlashAttention-3 from https://github.com/Dao-AILab/flash-attention (folder hopper), or "
@@ -30,6 +30,10 @@ _SHARED_ARGUMENTS = ("cu_seqlens_q", "cu_seqlens_k", "max_seqlen_q", "max_seqlen
 _WINDOW_ARGUMENTS = ("window_size_left", "window_size_right")
 _FORWARD_ARGUMENTS = (*_SHARED_ARGUMENTS, *_WINDOW_ARGUMENTS, "out", "num_splits")
 _BACKWARD_ARGUMENTS = (*_SHARED_ARGUMENTS, *_WINDOW_ARGUMENTS, "dq", "dk", "dv", "deterministic")
+
+
+# Where softmax_d stands among the tensors that bwd returns, by how many it returns: older builds return dq, dk, dv before it.
+_SOFTMAX_D_INDEX = {8: 3, 5: 0}
 
 
 class _NotUsableError(Exception):
@@ -78,7 +82,7 @@ class Fa3Backend(FlashBackend):
         self, q: Tensor, k: Tensor, v: Tensor, params: AttentionParams, varlen: Varlen | None, out: Tensor | None
     ) -> Partial:
         out, lse, *_ = _library().forward(
-            unit_stride(q), unit_stride(k), unit_stride(v), out=out, num_splits=1, **_lengths(varlen), **_mask(params)
+            kernel_ready(q), kernel_ready(k), kernel_ready(v), out=out, num_splits=1, **_lengths(varlen), **_mask(params)
         )
         return Partial(out, lse)
 
@@ -155,21 +159,25 @@ def _library() -> _Library:
         if missing := [name for name in needed if name not in known]:
             raise _NotUsableError(f"{operator} of {source} lacks the arguments {', '.join(missing)}: {operator.default._schema}")
     returns = backward.default._schema.returns
-    if len(returns) not in (5, 8):
+    if len(returns) not in _SOFTMAX_D_INDEX:
         raise _NotUsableError(f"bwd of {source} returns {len(returns)} tensors; 5 or 8 are known: {backward.default._schema}")
-    return _Library(source, forward.default, backward.default, len(returns) - 5, softcap)
+    return _Library(source, forward.default, backward.default, _SOFTMAX_D_INDEX[len(returns)], softcap)
 
 
 def _load() -> tuple[str, bool]:
     """Register torch.ops.flash_attn_3; returns where from and whether softcap was compiled in."""
     if _registered():
         return "operators registered by another package", not _is_xformers_loaded()
-    if importlib.util.find_spec("flash_attn_3") is not None:
+    for package, module in (("flash_attn_3", "flash_attn_3._C"), ("flash_attn_interface", "flash_attn_interface")):
+        if importlib.util.find_spec(package) is None:
+            continue
         try:
-            importlib.import_module("flash_attn_3._C")
+            importlib.import_module(module)
         except ImportError as error:
-            raise _NotUsableError(f"flash_attn_3 is installed but does not load: {error}") from error
-        return f"flash_attn_3 {_version('flash-attn-3') or _version('flash_attn_3') or ''}".rstrip(), True
+            raise _NotUsableError(f"{package} is installed but does not load: {error}") from error
+        if not _registered():
+            raise _NotUsableError(f"{package} is installed but registers no torch.ops.flash_attn_3.fwd and bwd")
+        return f"{package} {_version('flash-attn-3') or _version('flash_attn_3') or ''}".rstrip(), True
     spec = importlib.util.find_spec("xformers")
     if spec is None or not spec.submodule_search_locations:
         raise _NotUsableError(f"neither flash_attn_3 nor xformers is installed; {INSTALL_HINT}")

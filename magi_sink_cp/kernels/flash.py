@@ -7,7 +7,7 @@ from abc import abstractmethod
 import torch
 from torch import Tensor
 
-from magi_sink_cp.kernels.protocol import AttentionParams, Backend, Gradients, Varlen, unit_stride
+from magi_sink_cp.kernels.protocol import AttentionParams, Backend, Gradients, Varlen
 
 MAX_HEAD_DIM = 256
 
@@ -53,17 +53,29 @@ class FlashBackend(Backend):
 
         The kernels take no dlse, but they compute delta = Σ_d dout·out from what they are given. A call with v = 0 has dP = 0;
         with dout = 1 and out = -dlse in three leading channels it has delta = -dlse, hence dS = P∘dlse, which is the share
-        of dlse. Three channels of a 8- or 11-bit mantissa hold every bit of an fp32 number.
+        of dlse. Three channels of an 8- or 11-bit mantissa hold every bit of an fp32 number; dlse is first scaled to at most 2,
+        as fp16 holds neither 1e-9 nor 1e5.
         """
-        dout, q, k, v = (unit_stride(x) for x in (dout, q, k, v))
+        dout, q, k, v = (kernel_ready(x) for x in (dout, q, k, v))
         grads = self._kernel_backward(dout, q, k, v, out, lse, params, varlen)
         if dlse is None:
             return grads
+        peak = dlse.abs().amax()
+        scale = torch.exp2(-torch.floor(torch.log2(torch.where(peak > 0, peak, 1.0))))
         split_out, split_dout = torch.zeros_like(out), torch.zeros_like(out)
         split_dout[..., :3] = 1
-        rest = -dlse.transpose(-1, -2)
+        rest = -(dlse * scale).transpose(-1, -2)
         for channel in range(3):
             split_out[..., channel] = rest
             rest = rest - split_out[..., channel]
         share = self._kernel_backward(split_dout, q, k, torch.zeros_like(v), split_out, lse, params, varlen)
-        return Gradients(grads.dq + share.dq, grads.dk + share.dk, grads.dv, grads.delta)
+        dq, dk = (
+            (whole + part / scale).to(q.dtype) for whole, part in ((grads.dq, share.dq.float()), (grads.dk, share.dk.float()))
+        )
+        return Gradients(dq, dk, grads.dv, grads.delta)
+
+
+def kernel_ready(x: Tensor) -> Tensor:
+    """x, copied only if the kernels cannot read it where it is: they want a dense last dimension and 16-byte aligned rows."""
+    aligned = x.data_ptr() % 16 == 0 and all(stride * x.element_size() % 16 == 0 for stride in x.stride()[:-1])
+    return x if aligned and x.stride(-1) == 1 else x.clone(memory_format=torch.contiguous_format)

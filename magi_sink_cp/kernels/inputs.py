@@ -16,7 +16,7 @@ _FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 _SINK_FLOATS = (torch.float16, torch.bfloat16, torch.float32)
 SINK_LAYOUTS = ("sh", "ssh")
 
-# Contents of cu_seqlens tensors by identity and version: a CUDA tensor is copied to the host once, not once a layer.
+# Contents of CUDA cu_seqlens tensors by identity and version: one is copied to the host once, not once a layer.
 _host_copies: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
 
 
@@ -68,7 +68,7 @@ def check_sink(sink: Tensor | None, sink_layout: str, q: Tensor) -> None:
 
 
 def make_params(
-    q: Tensor, softmax_scale: float | None, causal: bool, window_size: Sequence[int], softcap: float, deterministic: bool
+    head_dim: int, softmax_scale: float | None, causal: bool, window_size: Sequence[int], softcap: float, deterministic: bool
 ) -> AttentionParams:
     """The checked :class:`AttentionParams`; ``causal`` becomes a right window of 0, and the scale defaults to head_dim^-1/2."""
     for name, flag in (("causal", causal), ("deterministic", deterministic)):
@@ -77,17 +77,33 @@ def make_params(
     if (
         not isinstance(window_size, Sequence)
         or len(window_size) != 2
-        or not all(isinstance(w, int) and w >= -1 for w in window_size)
+        or not all(_is_int(w) and -1 <= w < 2**31 for w in window_size)
     ):
-        raise ValueError(f"window_size must be two ints (left, right) >= -1, where -1 is unlimited, got {window_size!r}")
-    scale = q.shape[-1] ** -0.5 if softmax_scale is None else softmax_scale
-    for name, value, lowest in (("softmax_scale", scale, "> 0"), ("softcap", softcap, ">= 0")):
-        if not isinstance(value, (int, float)):
-            raise TypeError(f"{name} must be a float, got {type(value).__name__}")
-        if not math.isfinite(value) or value < 0 or (value == 0 and lowest == "> 0"):
-            raise ValueError(f"{name} must be finite and {lowest}, got {value}")
+        raise ValueError(f"window_size must be two ints (left, right) from -1, unlimited, to 2^31 - 1, got {window_size!r}")
+    scale = _check_float("softmax_scale", head_dim**-0.5 if softmax_scale is None else softmax_scale)
+    if scale <= 0:
+        raise ValueError(f"softmax_scale must be finite and > 0, got {scale}")
+    cap = _check_float("softcap", softcap)
+    if cap < 0:
+        raise ValueError(f"softcap must be finite and >= 0, got {cap}")
     left, right = window_size
-    return AttentionParams(float(scale), (left, 0 if causal else right), float(softcap), deterministic)
+    return AttentionParams(scale, (left, 0 if causal else right), cap, deterministic)
+
+
+def _is_int(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _check_float(name: str, value: float) -> float:
+    if not isinstance(value, (int, float)) or isinstance(value, bool):
+        raise TypeError(f"{name} must be a float, got {value!r}")
+    try:
+        converted = float(value)
+    except OverflowError:
+        converted = math.inf
+    if not math.isfinite(converted):
+        raise ValueError(f"{name} must be finite and {'> 0' if name == 'softmax_scale' else '>= 0'}, got {str(value)[:20]}")
+    return converted
 
 
 def make_varlen(
@@ -111,7 +127,7 @@ def make_varlen(
     for name, cu_seqlens, x, given in (("q", cu_seqlens_q, q, max_seqlen_q), ("k", cu_seqlens_k, k, max_seqlen_k)):
         offsets = read_cu_seqlens(cu_seqlens, f"cu_seqlens_{name}", x.shape[0], x.device)
         actual = max((hi - lo for lo, hi in itertools.pairwise(offsets)), default=0)
-        if given is not None and (not isinstance(given, int) or given < actual):
+        if given is not None and (not _is_int(given) or given < actual):
             raise ValueError(
                 f"max_seqlen_{name} must be an int >= {actual}, the longest document of cu_seqlens_{name}, got {given!r}"
             )
@@ -127,7 +143,8 @@ def make_varlen(
 def read_cu_seqlens(cu_seqlens: Tensor, name: str, total: int, device: torch.device | None = None) -> tuple[int, ...]:
     """The checked contents of an int32 cu_seqlens tensor (documents + 1,) that must run from 0 to ``total``.
 
-    A CUDA tensor costs one copy to the host when it is first seen; the same unchanged tensor costs nothing after that.
+    A CUDA tensor costs one copy to the host when it is first seen; the same unchanged tensor costs nothing after that. A change
+    that torch does not count as one (through ``.data``, or in a replayed CUDA graph) is not seen.
     """
     if not isinstance(cu_seqlens, Tensor):
         raise TypeError(f"{name} must be a torch.Tensor, got {type(cu_seqlens).__name__}")
@@ -155,12 +172,12 @@ def check_offsets(offsets: tuple[int, ...], name: str, total: int) -> tuple[int,
 
 
 def _host_copy(cu_seqlens: Tensor, name: str) -> tuple[int, ...]:
-    if cu_seqlens.is_inference():  # these carry no version counter, so a cached copy could be stale
+    if not cu_seqlens.is_cuda or cu_seqlens.is_inference():  # cheap to read; or without a version counter
         return tuple(cu_seqlens.tolist())
     version, offsets = _host_copies.get(cu_seqlens, (None, ()))
     if version == cu_seqlens._version:
         return offsets
-    if cu_seqlens.is_cuda and torch.cuda.is_current_stream_capturing():
+    if torch.cuda.is_current_stream_capturing():
         raise ValueError(
             f"{name} is new and cannot be checked while a CUDA graph is captured: make one call with this tensor before capture"
         )

@@ -50,13 +50,14 @@ def merge(
         in_place = covers_all and out_dtype == first.out.dtype
         out = first.out if in_place else first.out.new_empty(*first.out.shape[:-3], rows, *first.out.shape[-2:], dtype=out_dtype)
     if out.numel() or lse.numel():
-        (merge_triton if out.is_cuda else merge_torch)(partials, sink, out, lse)
+        with torch.cuda.device_of(out):  # Triton launches on the current device
+            (merge_triton if out.is_cuda else merge_torch)(partials, sink, out, lse)
     return out, lse
 
 
 def merge_torch(partials: Sequence[Partial], sink: Tensor | None, out: Tensor, lse: Tensor) -> None:
     """The torch twin: same arguments and same result as :func:`merge_triton`."""
-    dtype, rows = stat_dtype(out.dtype), out.shape[-3]
+    dtype = stat_dtype(out.dtype)
     spans = [slice(p.start, p.start + p.out.shape[-3]) for p in partials]
     terms = []
     for partial, span in zip(partials, spans, strict=True):
@@ -71,8 +72,7 @@ def merge_torch(partials: Sequence[Partial], sink: Tensor | None, out: Tensor, l
     total = out.new_zeros(out.shape, dtype=dtype)
     for partial, span, term in zip(partials, spans, terms, strict=False):
         weight = torch.exp(term - peak)[..., span].transpose(-1, -2).unsqueeze(-1)
-        total[..., span, :, :] += partial.out.to(dtype) * weight
-    assert total.shape[-3] == rows
+        total[..., span, :, :] += (partial.out.to(dtype) * weight).masked_fill(weight == 0, 0.0)
     out.copy_(total)
     lse.copy_(merged)
 
@@ -82,7 +82,7 @@ def merge_triton(partials: Sequence[Partial], sink: Tensor | None, out: Tensor, 
     batch = out.shape[0] if out.dim() == 4 else 1
     rows, heads, head_dim = out.shape[-3:]
     block_dim = triton.next_power_of_2(head_dim)
-    # 16 KiB of fp32 accumulator a program: measured on the H200, larger spills and smaller is bound by launch rate.
+    # 4096 fp32 accumulators a program (32 a thread) come to within 10% of a read+write pass over out on an H200.
     block_rows = max(1, min(64, 4096 // block_dim))
     grid = (heads * triton.cdiv(rows, block_rows) * batch,)
     _merge_kernel[grid](

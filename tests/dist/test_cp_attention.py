@@ -14,8 +14,9 @@ from hypothesis import strategies as st
 from magi_sink_cp import cp_attention_with_sink, make_cp_plan
 from magi_sink_cp.dist import attention as cp_module
 from magi_sink_cp.kernels.protocol import Partial
+from magi_sink_cp.kernels.reference import reference_attention
 from tests.dist.ranks import run_on_ranks, under_torchrun
-from tests.helpers import Case, assert_close, make_case, run, truth
+from tests.helpers import Case, assert_close, errors, make_case, run, truth
 
 
 def cp_results(case: Case, group, device: torch.device, **arguments) -> dict[str, torch.Tensor]:
@@ -32,6 +33,7 @@ def cp_results(case: Case, group, device: torch.device, **arguments) -> dict[str
     )
     local = run(cp_attention_with_sink, sharded, plan=plan, **arguments)
     padding = ~plan.token_mask
+    assert not local["lse"][:, padding].any(), "lse of padding is not zero"
     for name in ("out", "dq", "dk", "dv"):
         assert not local[name][padding].any(), f"{name} of padding is not zero"
     whole = {name: plan.unshard(local[name]) for name in ("out", "dq", "dk", "dv")}
@@ -161,6 +163,58 @@ def body_dsink_reduce(group, device, *, reduce, dtype) -> None:
         torch.testing.assert_close(sink.grad.double() * scale, expected, rtol=tolerance, atol=tolerance * expected.norm().item())
 
 
+@pytest.mark.parametrize("num_ranks", [1, 2, 3])
+def test_padding_reaches_no_loss_on_lse(num_ranks):
+    """A z-loss over lse sees the tokens of the sequence and nothing else, whatever the padding."""
+    run_on_ranks(num_ranks, body_z_loss)
+
+
+def body_z_loss(group, device) -> None:
+    case = make_case([5], [5], causal=True)
+    exact = [x.double().requires_grad_() for x in (case.q, case.k, case.v, case.sink)]
+    expected = reference_attention(*exact, case.mask())[1].square().sum()
+    expected.backward()
+    plan = make_cp_plan(5, group=group, cu_seqlens=[0, 5])
+    assert plan.pad_tokens > 0
+    sink = case.sink.clone().requires_grad_()
+    _, lse = cp_attention_with_sink(*(plan.shard(x) for x in (case.q, case.k, case.v)), sink, plan=plan, return_lse=True)
+    loss = lse.square().sum()
+    loss.backward()
+    if group is not None:
+        for x in (loss := loss.detach(), sink.grad):
+            dist.all_reduce(x, group=group)
+    torch.testing.assert_close(loss.double(), expected.detach(), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(sink.grad.double(), exact[3].grad, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("causal", [True, False])
+def test_bf16_within_twice_the_error_of_one_rank(causal):
+    run_on_ranks(4, body_bf16, causal=causal)
+
+
+def body_bf16(group, device, *, causal) -> None:
+    case = make_case([200, 56], [200, 56], heads=8, head_dim=32, dtype=torch.bfloat16, causal=causal)
+    expected = truth(case)
+    one_rank, four_ranks = (errors(cp_results(case, g, device), expected) for g in (None, group))
+    for name, error in four_ranks.items():
+        assert error <= 2 * max(one_rank[name], 2e-7), f"{name}: {error:.3g} over four ranks, {one_rank[name]:.3g} on one"
+
+
+@pytest.mark.parametrize("count", [1, 2, 5])
+def test_gradients_are_summed_in_fp32(count):
+    """Any number of bf16 contributions is rounded once, bit for bit the fp32 sum; in bf16, five would be rounded four times."""
+    generator = torch.Generator().manual_seed(0)
+    parts = [torch.randn(40, 2, 16, generator=generator).bfloat16() for _ in range(count)]
+    total = cp_module._GradientSum(parts[0], count)
+    total.add(((0, 40),), parts[0].clone())
+    expected = parts[0].float()
+    for part in parts[1:]:
+        total.add(((5, 15), (20, 40)), part[:30])
+        expected[5:15] += part[:10].float()
+        expected[20:40] += part[10:30].float()
+    assert torch.equal(total.result(), expected.bfloat16())
+
+
 @pytest.mark.parametrize("num_ranks", [2, 4])
 def test_folding_partials(num_ranks):
     """With more partials than one merge takes, the earlier ones are folded in fp32: memory does not grow with cp."""
@@ -168,7 +222,17 @@ def test_folding_partials(num_ranks):
 
 
 def body_folding(group, device) -> None:
-    with mock.patch.object(cp_module, "MAX_PARTIALS", 2):
+    folded = []
+    original = cp_module.merge
+
+    def recording(partials, sink=None, out=None, out_dtype=None):
+        folded.append(out_dtype)
+        return original(partials, sink, out, out_dtype)
+
+    with mock.patch.object(cp_module, "MAX_PARTIALS", 2), mock.patch.object(cp_module, "merge", recording):
+        low = make_case([64], [64], dtype=torch.bfloat16, causal=False)
+        cp_results(low, group, device)
+        assert folded[:-1] == [torch.float32] * (dist.get_world_size(group) - 2), "partials are folded in fp32"
         body_matches_reference(group, device, arguments={}, lengths=[50, 3, 20], causal=True)
         body_matches_reference(group, device, arguments={}, lengths=[50, 3, 20], causal=False)
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from unittest import mock
+
 import pytest
 import torch
 import torch.distributed as dist
@@ -9,6 +11,7 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from magi_sink_cp import cp_attention_with_sink, make_cp_plan
 from magi_sink_cp.dist import plan as plan_module
+from magi_sink_cp.dist.agreement import agree
 from tests.dist.ranks import run_on_ranks
 
 
@@ -28,7 +31,8 @@ def body_shard(group, device, *, total) -> None:
     assert torch.equal(plan.unshard(plan.position_ids), positions)
     assert torch.equal(plan.shard(positions), plan.position_ids)
     assert plan.unshard(plan.token_mask).all()
-    assert int(plan.token_mask.sum()) <= plan.local_tokens
+    assert int(plan.token_mask.sum()) == plan.real_tokens
+    assert plan.token_mask[: plan.real_tokens].all(), "padding comes last"
     for dtype in (torch.float32, torch.bfloat16, torch.int64, torch.bool):
         x = torch.arange(total * 6).view(2, total, 3).to(dtype)
         local = plan.shard(x, dim=1)
@@ -104,6 +108,9 @@ CALLS = {
     "dtype": (lambda rank: {"dtype": torch.float32 if rank else torch.float64}, "dtype"),
     "sinks": (lambda rank: {"s_sink": 1 + rank}, r"sink \(s_sink, dtype\)"),
     "causal": (lambda rank: {"causal": bool(rank)}, "mask and scores"),
+    "softmax_scale": (lambda rank: {"softmax_scale": 1.0 + rank}, "mask and scores"),
+    "deterministic": (lambda rank: {"deterministic": bool(rank)}, "mask and scores"),
+    "sink_layout": (lambda rank: {"sink_layout": "ssh" if rank else "sh"}, "sink_layout"),
     "dsink_reduce": (lambda rank: {"dsink_reduce": "sum" if rank else "none"}, "dsink_reduce"),
     "requires_grad": (lambda rank: {"requires_grad": bool(rank)}, "requires_grad of q, k, v, sink"),
 }
@@ -116,7 +123,8 @@ def test_calls_that_disagree_raise_on_every_rank(what):
 
 def call(plan, *, heads=2, dtype=torch.float32, s_sink=1, requires_grad=False, tokens=None, **arguments):
     q = torch.randn(plan.local_tokens if tokens is None else tokens, heads, 4, dtype=dtype, requires_grad=requires_grad)
-    return cp_attention_with_sink(q, q, q, torch.zeros(s_sink, heads), plan=plan, **arguments)
+    rows = (plan.local_tokens,) if arguments.get("sink_layout") == "ssh" else ()
+    return cp_attention_with_sink(q, q, q, torch.zeros(*rows, s_sink, heads), plan=plan, **arguments)
 
 
 def body_call_disagreement(group, device, *, what) -> None:
@@ -142,23 +150,90 @@ def body_call_error(group, device) -> None:
         call(plan, tokens=5 if rank else None)
 
 
-def test_a_signature_is_compared_once():
-    run_on_ranks(2, body_compared_once)
+@pytest.mark.parametrize("on_gpus", [False, True])
+def test_how_often_a_signature_is_compared(on_gpus):
+    run_on_ranks(2, body_compared, on_gpus=on_gpus)
 
 
-def body_compared_once(group, device) -> None:
+def body_compared(group, device, *, on_gpus) -> None:
+    """Every call on a CPU group; once for each new signature of a group on GPUs."""
     forget_agreements()
     compared = []
-    original = plan_module.agree
-    plan_module.agree = lambda record, *rest: (compared.append(record), original(record, *rest))[1]
-    try:
-        for _ in range(2):
-            plan = make_cp_plan(12, group=group)
-            for heads in (2, 4, 2):
-                call(plan, heads=heads)
-    finally:
-        plan_module.agree = original
-    assert [("total_tokens" in record) for record in compared] == [True, False, False, True]
+
+    def recording(record, *rest):
+        compared.append("total_tokens" in record)
+        return agree(record, *rest)
+
+    plan = make_cp_plan(12, group=group)
+    where = mock.Mock(return_value=torch.device("cuda" if on_gpus else "cpu"))
+    with mock.patch.object(plan_module, "agree", recording), mock.patch.object(plan_module, "group_device", where):
+        for heads in (2, 4, 2, 4):
+            call(plan, heads=heads)
+    assert len(compared) == (2 if on_gpus else 4)
+
+
+LATER = {
+    "both signatures seen before": (lambda rank: {"softmax_scale": 0.1 + rank}, "mask and scores"),
+    "one new signature": (lambda rank: {"softmax_scale": 0.3 if rank else 0.1}, "mask and scores"),
+    "grad mode": (lambda rank: {"softmax_scale": 0.1, "requires_grad": rank == 0}, "requires_grad of q, k, v, sink"),
+}
+
+
+@pytest.mark.parametrize("what", [*LATER, "another plan", "another function", "invalid on one rank"])
+def test_later_calls_that_disagree_raise_on_every_rank(what):
+    run_on_ranks(2, body_later, what=what)
+
+
+def body_later(group, device, *, what) -> None:
+    plan, rank = make_cp_plan(12, group=group), dist.get_rank(group)
+    for scale in (0.1, 1.1):
+        call(plan, softmax_scale=scale)
+    if what in LATER:
+        change, named = LATER[what]
+        with pytest.raises(ValueError, match=f"the same {named}, got rank 0: .*, rank 1: "):
+            call(plan, **change(rank))
+    elif what == "another plan":
+        other = make_cp_plan(12, group=group, cu_seqlens=[0, 5, 12])
+        with pytest.raises(ValueError, match=r"the same plan \(sha256\), got rank 0: .*, rank 1: "):
+            call(other if rank else plan, softmax_scale=0.1)
+    elif what == "another function":
+        with pytest.raises(ValueError, match="the same call, got rank 0: 'cp_attention_with_sink', rank 1: 'make_cp_plan'"):
+            make_cp_plan(12, group=group) if rank else call(plan, softmax_scale=0.1)
+    else:
+        own, other = "softmax_scale must be finite and > 0, got -1", "cp rank 1 was given something invalid"
+        with pytest.raises(ValueError, match=own if rank else other):
+            call(plan, softmax_scale=-1.0 if rank else 0.1)
+    assert call(plan, softmax_scale=0.1).shape == (6, 2, 4), "the group still works"
+
+
+def test_unshard_of_tensors_that_differ_raises_on_every_rank():
+    run_on_ranks(2, body_unshard_disagreement)
+
+
+def body_unshard_disagreement(group, device) -> None:
+    plan, rank = make_cp_plan(12, group=group), dist.get_rank(group)
+    with pytest.raises(ValueError, match=r"CPPlan.unshard .* the same shape, got rank 0: '\(6, 2\)', rank 1: '\(6, 3\)'"):
+        plan.unshard(torch.zeros(6, 2 + rank))
+    with pytest.raises(ValueError, match="the same dtype, got rank 0: 'torch.float32', rank 1: 'torch.float64'"):
+        plan.unshard(torch.zeros(6, dtype=torch.float64 if rank else torch.float32))
+
+
+@pytest.mark.parametrize("what", ["a device", "a number", "a text"])
+def test_any_failure_on_one_rank_raises_on_every_rank(what):
+    """Also failures that are no ValueError, and texts that grow when they are encoded."""
+    run_on_ranks(2, body_any_failure, what=what)
+
+
+def body_any_failure(group, device, *, what) -> None:
+    arguments = {
+        "a device": {"cu_seqlens": torch.empty(2, dtype=torch.int32, device="meta")},
+        "a number": {"cu_seqlens": [0, 10**400]},
+        "a text": {"layout": "\N{GRINNING FACE}" * 400},
+    }[what]
+    rank = dist.get_rank(group)
+    with pytest.raises(Exception, match="" if rank else "cp rank 1 was given something invalid"):
+        make_cp_plan(10, group=group, **(arguments if rank else {}))
+    assert make_cp_plan(10, group=group).local_tokens > 0, "the group still works"
 
 
 def test_a_rank_outside_the_group():
