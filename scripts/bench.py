@@ -1,7 +1,7 @@
 """Benchmarks on GPUs, written as CSV.
 
     python scripts/bench.py kernel --out docs/benchmarks
-    torchrun --nproc-per-node 2 scripts/bench.py dist --out docs/benchmarks
+    python scripts/bench.py dist --out docs/benchmarks       # starts one rank a GPU; or under torchrun
 
 ``kernel``: attention_with_sink beside plain FlashAttention-3 and one read+write pass over out. ``dist``: cp_attention_with_sink
 beside one GPU's FlashAttention-3 without a sink on the whole sequence, divided by the number of ranks.
@@ -54,6 +54,9 @@ def main() -> int:
     if not torch.cuda.is_available():
         print("bench.py needs a CUDA GPU: absolute times of another device say nothing here", file=sys.stderr)
         return 2
+    if args.what == "dist" and "LOCAL_RANK" not in os.environ:  # start one rank a GPU
+        launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(torch.cuda.device_count())]
+        os.execv(sys.executable, [sys.executable, *launcher, __file__, *sys.argv[1:]])
     rows = bench_kernel(args) if args.what == "kernel" else bench_dist(args)
     if rows:
         write(args, rows)
@@ -122,8 +125,6 @@ def kernel_rows(args: argparse.Namespace, head_dim: int, batch: int, tokens: int
 
 
 def bench_dist(args: argparse.Namespace) -> list[Row]:
-    if "LOCAL_RANK" not in os.environ:
-        raise SystemExit("bench.py dist runs under torchrun: torchrun --nproc-per-node 2 scripts/bench.py dist --out DIR")
     torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     dist.init_process_group("nccl")
     rows = [row for tokens in DIST_TOKENS for row in dist_rows(args, tokens, head_dim=128)]

@@ -142,7 +142,7 @@ def test_gradient_of_lse(backend, packed, sink_layout):
 @pytest.mark.parametrize("size", [1e-9, 1e-5, 1e5])
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_gradient_of_lse_of_any_size(backend, size, dtype):
-    """A z-loss divided by its tokens sends 1e-9 into lse, which fp16 cannot hold; dq and dk are right where they can be held."""
+    """A z-loss over many tokens sends 1e-9 into lse, which fp16 cannot hold; dq and dk are right where they can be held."""
     case = make_case([90], [90], batch=1, head_dim=64, dtype=dtype, device="cuda", with_dlse=True)
     case.dout = torch.zeros_like(case.dout)
     case.dlse = case.dlse * size
