@@ -155,7 +155,7 @@ def test_gradient_of_lse_of_any_size(backend, size, dtype):
 
 
 def test_documents_of_one_row_and_of_none(backend):
-    """A full mask, grouped heads and max_seqlen_q = 1: a kernel that packs the heads of one row must not count the empty document."""
+    """Full mask, grouped heads, max_seqlen_q = 1: a kernel that packs the heads of one row must not count the empty document."""
     check(make_case([1, 0, 1], [70, 5, 64], heads=8, heads_kv=2, head_dim=64, dtype=torch.bfloat16, device="cuda"), backend)
 
 
