@@ -240,7 +240,7 @@ def write(args: argparse.Namespace, rows: list[Row]) -> None:
         "triton": triton.__version__,
         "commit": commit,
         "date": datetime.date.today().isoformat(),
-        "command": shlex.join(["scripts/bench.py", *sys.argv[1:]]),
+        "command": shlex.join(["scripts/bench.py", *("DIR" if word == str(args.out) else word for word in sys.argv[1:])]),
     }
     shape = ("batch", "tokens", "heads", "heads_kv", "head_dim", "ranks")
     results = ("measured", "median_us", "p20_us", "p80_us", "rounds", "percent_of_plain", "passes_over_out")
