@@ -4,9 +4,15 @@ import os
 
 import pytest
 import torch
+from hypothesis import settings
 
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # read when the kernels are decorated, so before magi_sink_cp is imported
+
+# CI draws the same examples every time, so that it tells of the change at hand; a developer's run draws new ones.
+settings.register_profile("ci", derandomize=True, print_blob=True)
+if os.environ.get("CI"):
+    settings.load_profile("ci")
 
 # The distributed tests run several ranks on few cores: more threads a rank would only wait for each other.
 torch.set_num_threads(1)

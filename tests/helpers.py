@@ -91,9 +91,9 @@ class Truth:
     """The reference's results, and per result the norm that an error is measured against.
 
     dq and dk can cancel to nothing (dq of a row that sees one key is 0), where rounding would be infinitely large beside them:
-    their scale is at least a small norm. Each entry of dsink has a scale of its own, the size that Σ_i p_i (dout_i·out_i - dlse_i)
-    has for dout of random direction and an out of at least a tenth of v, so that the largest sinks do not drown the others and a
-    sum that happens to cancel is no error.
+    their scale is at least 0.1 an element, a tenth of the terms that they sum. Each entry of dsink has a scale of its own, the size
+    that Σ_i p_i (dout_i·out_i - dlse_i) has for dout of random direction and an out of at least a tenth of v, so that the largest
+    sinks do not drown the others and a sum that happens to cancel is no error.
     """
 
     values: dict[str, Tensor]
@@ -108,7 +108,7 @@ def truth(case: Case) -> Truth:
     values = _collect(*reference_attention(*leaves, case.mask(), **scores), leaves, case)
     scales = {name: value.masked_fill(torch.isneginf(value), 0.0).norm().item() for name, value in values.items()}
     for name in ("dq", "dk"):
-        scales[name] = max(scales[name], 0.02 * values[name].numel() ** 0.5)
+        scales[name] = max(scales[name], 0.1 * values[name].numel() ** 0.5)
     if case.sink is None:
         return Truth(values, scales)
     lse = values["lse"].masked_fill(torch.isneginf(values["lse"]), float("inf")).transpose(-1, -2)  # (…, T, H)
