@@ -185,8 +185,10 @@ def _merge_kernel(  # type: ignore[no-untyped-def]
             logit = tl.load(sink_at + j * sink_stride[2], mask=inside, other=float("-inf")).to(tl.float32)
             total += tl.exp(logit - peak)
 
-    merged = merged / tl.where(total == 0, 1.0, total)[:, None]
+    # total = 0: a row with neither a key nor a sink.
+    divisor = tl.where(total == 0, 1.0, total)
     at = out_ptr + batch * out_stride[0] + row[:, None] * out_stride[1] + head * out_stride[2] + dim[None, :]
-    tl.store(at, merged.to(out_ptr.dtype.element_ty), mask=inside[:, None] & (dim < HEAD_DIM)[None, :])
-    # log(0) = -inf: a row with neither a key nor a sink.
-    tl.store(lse_ptr + batch * lse_stride[0] + head * lse_stride[1] + row, peak + tl.log(total), mask=inside)
+    merged = (merged / divisor[:, None]).to(out_ptr.dtype.element_ty)
+    tl.store(at, merged, mask=inside[:, None] & (dim < HEAD_DIM)[None, :])
+    merged_lse = tl.where(total == 0, float("-inf"), peak + tl.log(divisor))
+    tl.store(lse_ptr + batch * lse_stride[0] + head * lse_stride[1] + row, merged_lse, mask=inside)
