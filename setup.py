@@ -30,7 +30,7 @@ setup(
     packages=find_packages(include=["magi_sink_cp", "magi_sink_cp.*"]),
     package_data={"magi_sink_cp": ["py.typed"]},
     python_requires=">=3.10",
-    install_requires=["torch>=2.6"],
+    install_requires=["torch>=2.11"],
     extras_require={
         # Hopper only. xformers 0.0.34 holds FlashAttention-3 but pins torch 2.10: with another torch, install it with --no-deps.
         "fa3": ["xformers==0.0.34", "nvidia-cuda-runtime-cu12>=12.8,<13"],

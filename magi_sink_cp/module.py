@@ -47,7 +47,7 @@ class SinkAttention(nn.Module):
                 raise ValueError(f"{name} must be an int >= 1, got {value!r}")
         if dsink_reduce not in DSINK_REDUCTIONS:
             raise ValueError(f"dsink_reduce must be one of {DSINK_REDUCTIONS}, got {dsink_reduce!r}")
-        make_params(1, softmax_scale, causal, window_size, softcap, deterministic)  # raises here rather than in forward
+        make_params(1, softmax_scale, causal, window_size, softcap, deterministic)  # raises here what does not depend on q
         self.init_std = init_std
         self.dsink_reduce = dsink_reduce
         self.options: dict[str, Any] = {

@@ -121,6 +121,7 @@ def test_a_changed_cu_seqlens_is_checked_again():
 PLAN = [
     ({"total_tokens": 2.0}, TypeError, "total_tokens must be an int, got 2.0"),
     ({"total_tokens": -1}, ValueError, "total_tokens must be >= 0, got -1"),
+    ({"layout": ["zigzag"]}, ValueError, r"layout must be one of \['zigzag'\], got \['zigzag'\]"),
     ({"layout": "striped"}, ValueError, r"layout must be one of \['zigzag'\], got 'striped'"),
     ({"cu_seqlens": cu(0, 9)}, ValueError, "cu_seqlens must end at the number of tokens, 10, got 9"),
     ({"cu_seqlens": [0, 7, 5, 10]}, ValueError, "cu_seqlens must not fall, but entry 2 is 5 after 7"),

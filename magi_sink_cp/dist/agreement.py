@@ -41,8 +41,9 @@ def agree(record: Mapping[str, object] | Exception, group: ProcessGroup, what: s
     encoded = json.dumps(content, ensure_ascii=False).encode()
     if len(encoded) > _RECORD_BYTES:
         raise ValueError(f"the arguments of {what} take {len(encoded)} bytes to compare, more than {_RECORD_BYTES}")
-    device = torch.device("cpu") if backend_for(group, "cpu") else group_device(group)
-    mine = torch.frombuffer(bytearray(encoded.ljust(_RECORD_BYTES)), dtype=torch.uint8).to(device)
+    # On the attention's own device also where the group has gloo beside NCCL: NCCL's first operation of a group must be such a
+    # collective, in which every rank takes part; in a stage of attention some have nothing to send.
+    mine = torch.frombuffer(bytearray(encoded.ljust(_RECORD_BYTES)), dtype=torch.uint8).to(group_device(group))
     gathered = mine.new_empty(dist.get_world_size(group) * _RECORD_BYTES)
     dist.all_gather(list(gathered.split(_RECORD_BYTES)), mine, group=group)
     if isinstance(record, Exception):

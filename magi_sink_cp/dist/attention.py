@@ -47,7 +47,8 @@ def cp_attention_with_sink(
 ) -> Tensor | tuple[Tensor, Tensor]:
     """:func:`magi_sink_cp.attention_with_sink` over the whole sequence of ``plan``, of which every rank holds its shard.
 
-    Equals attention_with_sink on the whole packed sequence, then ``plan.shard``. Every rank of the plan's group must call it.
+    Equals attention_with_sink on the whole packed sequence, then ``plan.shard``. Every rank of the plan's group must call it, and
+    every rank must run backward through it if any does (a rank without a loss of its own can use ``out.sum() * 0``).
 
     Args:
         q: (plan.local_tokens, h, d).
@@ -65,7 +66,8 @@ def cp_attention_with_sink(
 
     Raises:
         TypeError, ValueError: an argument is invalid, or the ranks differ in their arguments, which they compare before any data
-            moves: every time on a CPU group, on GPUs the first time that the group sees them.
+            moves: every time on a CPU group, on GPUs the first time that the group sees them. A ``plan`` that is no plan raises on
+            its rank alone.
         NotImplementedError: window_size limits the mask.
     """
     if not isinstance(plan, CPPlan):

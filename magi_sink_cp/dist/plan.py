@@ -22,6 +22,8 @@ from magi_sink_cp.dist.schedule import KernelCall, Schedule, build_schedule
 from magi_sink_cp.kernels.inputs import check_offsets, read_cu_seqlens
 from magi_sink_cp.kernels.protocol import Varlen
 
+_UNSHARD = "CPPlan.unshard (or shard's backward)"
+
 # Call signatures that the ranks of a group have agreed on, so that a signature is compared once and not once a step.
 _agreed: weakref.WeakKeyDictionary[ProcessGroup, set[str]] = weakref.WeakKeyDictionary()
 
@@ -45,7 +47,8 @@ def make_cp_plan(
         layout: "zigzag": rank r holds chunks r and 2·cp - 1 - r of 2·cp equal chunks.
 
     Raises:
-        TypeError, ValueError: on every rank, if an argument is invalid on any rank or the ranks differ.
+        TypeError, ValueError: on every rank, if an argument is invalid on any rank or the ranks differ; a ``group`` that is no
+            group of this rank raises on this rank alone, as there is nothing to agree over.
     """
     process_group = _process_group(group)
     try:
@@ -114,7 +117,7 @@ class CPPlan:
     def shard(self, x: Tensor, dim: int = 0) -> Tensor:
         """This rank's part of a tensor that every rank holds whole: total_tokens → local_tokens along ``dim``, padded with 0.
 
-        The gradient of x is whole on every rank again (an all-gather, if x needs one).
+        The gradient of x is whole on every rank again: an all-gather, so every rank must run backward through it if any does.
 
         Raises:
             ValueError: the size along dim is not total_tokens.
@@ -131,7 +134,11 @@ class CPPlan:
         Raises:
             ValueError: the size along dim is not local_tokens.
         """
-        self._check_size(x, dim, self.local_tokens, "local_tokens")
+        try:
+            self._check_size(x, dim, self.local_tokens, "local_tokens")
+        except Exception as error:
+            self.agree(error, _UNSHARD)
+            raise
         return _Unshard.apply(x, dim, self)
 
     def schedule(self, causal: bool) -> Schedule:
@@ -209,12 +216,11 @@ class _Along:
         local = x.movedim(self.dim, 0).contiguous()
         gathered = local
         if plan.group is not None:
-            plan.agree(
-                {"dim": self.dim, "shape": str(tuple(x.shape)), "dtype": str(x.dtype)}, "CPPlan.unshard (or shard's backward)"
-            )
-        if plan.group is not None and local.numel():
+            plan.agree({"dim": self.dim, "shape": str(tuple(x.shape)), "dtype": str(x.dtype)}, _UNSHARD)
             gathered = local.new_empty(plan.cp_size * plan.local_tokens, *local.shape[1:])
-            dist.all_gather(list(gathered.chunk(plan.cp_size)), local, group=plan.group)
+            if local.numel():  # as bytes, because gloo does not gather every dtype
+                parts = gathered.view(plan.cp_size, -1).view(torch.uint8)
+                dist.all_gather(list(parts), local.view(-1).view(torch.uint8), group=plan.group)
         pieces = []
         for rank, ranges in enumerate(plan.layout):
             base = rank * plan.local_tokens
@@ -273,7 +279,7 @@ def _check_arguments(total_tokens: int, cu_seqlens: Tensor | Sequence[int] | Non
         raise TypeError(f"total_tokens must be an int, got {total_tokens!r}")
     if total_tokens < 0:
         raise ValueError(f"total_tokens must be >= 0, got {total_tokens}")
-    if layout not in LAYOUTS:
+    if not isinstance(layout, str) or layout not in LAYOUTS:
         raise ValueError(f"layout must be one of {sorted(LAYOUTS)}, got {layout!r}")
     if cu_seqlens is None:
         offsets: tuple[int, ...] = (0, total_tokens)

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from magi_sink_cp.kernels.protocol import AttentionParams, Backend, Gradients, Partial, RowDelta, Varlen, nothing_seen
 
-# Scores alive at a time: 16 MiB in fp32, where a 16k × 16k sequence of 8 heads would hold 8 GiB.
+# Scores of one tile, or else of one row: 16 MiB in fp32, where a 16k × 16k sequence of 8 heads has 8 GiB.
 _TILE_ELEMENTS = 1 << 22
 _TILE_ROWS = 512
 

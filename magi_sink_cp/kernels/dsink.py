@@ -213,7 +213,8 @@ def _sink_gradient_kernel(  # type: ignore[no-untyped-def]
 
     lse = tl.load(lse_ptr + batch * lse_stride[0] + head * lse_stride[1] + row, mask=inside, other=float("inf"))
     lse = tl.where(lse == float("-inf"), float("inf"), lse)  # neither a key nor a sink: exp must be 0, not NaN
-    for j in range(num_sinks):
+    for number in range(num_sinks):
+        j = tl.cast(number, tl.int64)
         if SHARED:
             logit = tl.load(sink_ptr + j * sink_stride[2] + head * sink_stride[3]).to(tl.float32)
             total = tl.sum(tl.exp(logit - lse) * row_term, axis=0)

@@ -60,8 +60,8 @@ class FlashBackend(Backend):
         grads = self._kernel_backward(dout, q, k, v, out, lse, params, varlen)
         if dlse is None:
             return grads
-        peak = dlse.abs().amax()
-        scale = torch.exp2(-torch.floor(torch.log2(torch.where(peak > 0, peak, 1.0))))
+        peak = dlse.abs().nan_to_num(nan=0.0, posinf=0.0).amax()
+        scale = torch.exp2(-torch.log2(peak).floor().clamp(-126, 126))
         split_out, split_dout = torch.zeros_like(out), torch.zeros_like(out)
         split_dout[..., :3] = 1
         rest = -(dlse * scale).transpose(-1, -2)

@@ -82,7 +82,7 @@ def merge_triton(partials: Sequence[Partial], sink: Tensor | None, out: Tensor, 
     batch = out.shape[0] if out.dim() == 4 else 1
     rows, heads, head_dim = out.shape[-3:]
     block_dim = triton.next_power_of_2(head_dim)
-    # 4096 fp32 accumulators a program (32 a thread) come to within 10% of a read+write pass over out on an H200.
+    # 4096 fp32 accumulators a program (32 a thread) come close to a read+write pass over out: docs/benchmarks.md.
     block_rows = max(1, min(64, 4096 // block_dim))
     grid = (heads * triton.cdiv(rows, block_rows) * batch,)
     _merge_kernel[grid](
@@ -164,7 +164,7 @@ def _merge_kernel(  # type: ignore[no-untyped-def]
     if sink_ptr is not None:
         sink_at = sink_ptr + batch * sink_stride[0] + row * sink_stride[1] + head * sink_stride[3]
         for j in range(num_sinks):
-            logit = tl.load(sink_at + j * sink_stride[2], mask=inside, other=float("-inf")).to(tl.float32)
+            logit = tl.load(sink_at + tl.cast(j, tl.int64) * sink_stride[2], mask=inside, other=float("-inf")).to(tl.float32)
             peak = tl.maximum(peak, logit)
     peak = tl.where(peak == float("-inf"), 0.0, peak)
 
@@ -182,7 +182,7 @@ def _merge_kernel(  # type: ignore[no-untyped-def]
     if sink_ptr is not None:
         sink_at = sink_ptr + batch * sink_stride[0] + row * sink_stride[1] + head * sink_stride[3]
         for j in range(num_sinks):
-            logit = tl.load(sink_at + j * sink_stride[2], mask=inside, other=float("-inf")).to(tl.float32)
+            logit = tl.load(sink_at + tl.cast(j, tl.int64) * sink_stride[2], mask=inside, other=float("-inf")).to(tl.float32)
             total += tl.exp(logit - peak)
 
     # total = 0: a row with neither a key nor a sink.

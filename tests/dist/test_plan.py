@@ -33,12 +33,14 @@ def body_shard(group, device, *, total) -> None:
     assert plan.unshard(plan.token_mask).all()
     assert int(plan.token_mask.sum()) == plan.real_tokens
     assert plan.token_mask[: plan.real_tokens].all(), "padding comes last"
-    for dtype in (torch.float32, torch.bfloat16, torch.int64, torch.bool):
+    for dtype in (torch.float32, torch.bfloat16, torch.int64, torch.int16, torch.bool, torch.complex64):
         x = torch.arange(total * 6).view(2, total, 3).to(dtype)
         local = plan.shard(x, dim=1)
         assert local.shape == (2, plan.local_tokens, 3)
         assert not local[:, ~plan.token_mask].any()
         assert torch.equal(plan.unshard(local, dim=-2), x)
+
+    assert plan.unshard(plan.shard(torch.zeros(total, 0))).shape == (total, 0)
 
     # Gradients of a loss that every rank computes from the whole tensor: the same, whole, on every rank.
     x, weight = (torch.randn(total, 2, generator=torch.Generator().manual_seed(seed)) for seed in (0, 1))
@@ -216,6 +218,12 @@ def body_unshard_disagreement(group, device) -> None:
         plan.unshard(torch.zeros(6, 2 + rank))
     with pytest.raises(ValueError, match="the same dtype, got rank 0: 'torch.float32', rank 1: 'torch.float64'"):
         plan.unshard(torch.zeros(6, dtype=torch.float64 if rank else torch.float32))
+    with pytest.raises(
+        ValueError, match="x must have the plan's local_tokens, 6, along dim 0" if rank else "cp rank 1 was given something"
+    ):
+        plan.unshard(torch.zeros(6 + rank, 2))
+    with pytest.raises(TypeError if rank else ValueError, match="x must be a torch.Tensor, got NoneType"):
+        plan.unshard(None if rank else torch.zeros(6, 2))
 
 
 @pytest.mark.parametrize("what", ["a device", "a number", "a text"])
