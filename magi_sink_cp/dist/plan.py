@@ -60,7 +60,6 @@ def make_cp_plan(
     if process_group is not None:
         record = {"total_tokens": total_tokens, "layout": layout, "cu_seqlens (sha256)": _sha256(documents)}
         agree(record, process_group, "make_cp_plan")
-    if process_group is not None:
         device = group_device(process_group)
     elif isinstance(cu_seqlens, Tensor):
         device = cu_seqlens.device

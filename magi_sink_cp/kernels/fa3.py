@@ -1,7 +1,8 @@
 """The ``fa3`` backend: FlashAttention-3 for Hopper, from whichever package of this environment holds it.
 
-Sources, in order: operators that something has already registered, the official ``flash_attn_3`` package, and the extension
-inside xformers >= 0.0.34 (``xformers/flash_attn_3/_C.so``, loaded without importing xformers).
+Sources, in order: operators that something has already registered, the official ``flash_attn_3`` package or its module
+``flash_attn_interface``, and the extension inside xformers >= 0.0.34 (``xformers/flash_attn_3/_C.so``, loaded without importing
+xformers).
 """
 
 from __future__ import annotations
@@ -30,7 +31,6 @@ _SHARED_ARGUMENTS = ("cu_seqlens_q", "cu_seqlens_k", "max_seqlen_q", "max_seqlen
 _WINDOW_ARGUMENTS = ("window_size_left", "window_size_right")
 _FORWARD_ARGUMENTS = (*_SHARED_ARGUMENTS, *_WINDOW_ARGUMENTS, "out", "num_splits")
 _BACKWARD_ARGUMENTS = (*_SHARED_ARGUMENTS, *_WINDOW_ARGUMENTS, "dq", "dk", "dv", "deterministic")
-
 
 # Where softmax_d stands among the tensors that bwd returns, by how many it returns: older builds return dq, dk, dv before it.
 _SOFTMAX_D_INDEX = {8: 3, 5: 0}

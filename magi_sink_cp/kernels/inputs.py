@@ -80,12 +80,8 @@ def make_params(
         or not all(_is_int(w) and -1 <= w < 2**31 for w in window_size)
     ):
         raise ValueError(f"window_size must be two ints (left, right) from -1, unlimited, to 2^31 - 1, got {window_size!r}")
-    scale = _check_float("softmax_scale", head_dim**-0.5 if softmax_scale is None else softmax_scale)
-    if scale <= 0:
-        raise ValueError(f"softmax_scale must be finite and > 0, got {scale}")
-    cap = _check_float("softcap", softcap)
-    if cap < 0:
-        raise ValueError(f"softcap must be finite and >= 0, got {cap}")
+    scale = _check_float("softmax_scale", head_dim**-0.5 if softmax_scale is None else softmax_scale, zero_allowed=False)
+    cap = _check_float("softcap", softcap, zero_allowed=True)
     left, right = window_size
     return AttentionParams(scale, (left, 0 if causal else right), cap, deterministic)
 
@@ -94,15 +90,16 @@ def _is_int(value: object) -> bool:
     return isinstance(value, int) and not isinstance(value, bool)
 
 
-def _check_float(name: str, value: float) -> float:
+def _check_float(name: str, value: float, zero_allowed: bool) -> float:
+    """value as a finite float that is not negative."""
     if not isinstance(value, (int, float)) or isinstance(value, bool):
         raise TypeError(f"{name} must be a float, got {value!r}")
     try:
         converted = float(value)
     except OverflowError:
         converted = math.inf
-    if not math.isfinite(converted):
-        raise ValueError(f"{name} must be finite and {'> 0' if name == 'softmax_scale' else '>= 0'}, got {str(value)[:20]}")
+    if not math.isfinite(converted) or converted < 0 or (converted == 0 and not zero_allowed):
+        raise ValueError(f"{name} must be finite and {'>= 0' if zero_allowed else '> 0'}, got {str(value)[:20]}")
     return converted
 
 
