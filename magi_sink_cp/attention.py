@@ -3,18 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any
 
-import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
-from magi_sink_cp.kernels.dsink import sink_gradient
-from magi_sink_cp.kernels.inputs import check_qkv, check_sink, make_params, make_varlen
-from magi_sink_cp.kernels.merge import merge
-from magi_sink_cp.kernels.protocol import AttentionParams, Backend, Varlen
-from magi_sink_cp.kernels.registry import select_backend
+from magi_sink_cp.kernels.inputs import check_lengths, check_qkv, check_sink, make_params
+from magi_sink_cp.ops import attention, make_op_call
 
 
 def attention_with_sink(
@@ -43,7 +36,7 @@ def attention_with_sink(
 
     Args:
         q: (b, sq, h, d), or packed (total_q, h, d) with cu_seqlens; fp16, bf16, fp32 or fp64 as the backend takes.
-        k, v: (b, sk, h_kv, d) or (total_k, h_kv, d); h_kv divides h.
+        k, v: (b, sk, h_kv, d) or (total_k, h_kv, d); h_kv divides h. Where the backend can, v may have a head_dim of its own.
         sink: logits, natural log, fp32 (bf16 and fp16 are accepted and computed in fp32); None is plain attention.
             -inf switches a sink off.
         sink_layout: "sh": sink is (s_sink, h), shared by all rows. "ssh": a sink per row, (b, sq, s_sink, h) or
@@ -60,8 +53,9 @@ def attention_with_sink(
         return_lse: also return lse.
 
     Returns:
-        out like q, or (out, lse) with lse fp32 (b, h, sq) / (h, total_q), the sink included (fp64 for fp64 inputs). A row
-        that sees no key has out = 0 and lse = log Σ exp z, or -inf without a sink. A gradient that reaches lse is exact.
+        out like q (with v's head_dim), or (out, lse) with lse fp32 (b, h, sq) / (h, total_q), the sink included (fp64 for fp64
+        inputs). A row that sees no key has out = 0 and lse = log Σ exp z, or -inf without a sink. A gradient that reaches lse is
+        exact.
 
     Raises:
         TypeError, ValueError: before any kernel runs; the text names the argument, what came and what is allowed.
@@ -70,40 +64,8 @@ def attention_with_sink(
     shape_text = "(total, heads, head_dim), as cu_seqlens are given," if packed else "(batch, seqlen, heads, head_dim)"
     check_qkv(q, k, v, 3 if packed else 4, shape_text)
     check_sink(sink, sink_layout, q)
+    check_lengths(q, k, cu_seqlens_q, cu_seqlens_k, max_seqlen_q=max_seqlen_q, max_seqlen_k=max_seqlen_k)
     params = make_params(q.shape[-1], softmax_scale, causal, window_size, softcap, deterministic)
-    varlen = make_varlen(q, k, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
-    call = _Call(select_backend(backend, q, params), params, varlen)
-    out, lse = _AttentionWithSink.apply(q, k, v, sink, call)
+    call = make_op_call(params, backend, max_seqlen_q=max_seqlen_q, max_seqlen_k=max_seqlen_k, read_lengths=True)
+    out, lse, _ = attention((q, k, v), sink, call, cu_seqlens_q, cu_seqlens_k)
     return (out, lse) if return_lse else out
-
-
-@dataclass(frozen=True)
-class _Call:
-    """Everything of a call that is not differentiated."""
-
-    backend: Backend
-    params: AttentionParams
-    varlen: Varlen | None
-
-
-class _AttentionWithSink(torch.autograd.Function):
-    """forward: partial of all keys → merge with the sink (in place). backward: the kernel's own, then dsink from its delta."""
-
-    @staticmethod
-    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, sink: Tensor | None, call: _Call) -> tuple[Tensor, Tensor]:
-        out, lse = merge([call.backend.forward(q, k, v, call.params, call.varlen)], sink)
-        ctx.save_for_backward(q, k, v, sink, out, lse)
-        ctx.call = call
-        ctx.set_materialize_grads(False)
-        return out, lse
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, dout: Tensor | None, dlse: Tensor | None) -> tuple[Tensor | None, ...]:
-        q, k, v, sink, out, lse = ctx.saved_tensors
-        call: _Call = ctx.call
-        dout = torch.zeros_like(out) if dout is None else dout
-        dlse = None if dlse is None else dlse.masked_fill(torch.isneginf(lse), 0.0)  # log 0 depends on nothing
-        grads = call.backend.backward(dout, q, k, v, out, lse, call.params, call.varlen, dlse)
-        dsink = sink_gradient(sink, lse, grads.delta, out, dout, dlse).to(sink.dtype) if ctx.needs_input_grad[3] else None
-        return grads.dq, grads.dk, grads.dv, dsink, None

@@ -30,7 +30,7 @@ from torch import Tensor
 
 from magi_sink_cp import attention_with_sink, cp_attention_with_sink, make_cp_plan
 from magi_sink_cp.kernels.inputs import make_params
-from magi_sink_cp.kernels.protocol import Backend
+from magi_sink_cp.kernels.protocol import Backend, Call, Partial
 from magi_sink_cp.kernels.registry import select_backend
 
 Row = dict[str, Any]
@@ -71,14 +71,15 @@ class PlainAttention(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, backend: Backend) -> Tensor:
-        ctx.backend, ctx.params = backend, make_params(q.shape[-1], None, True, (-1, -1), 0.0, False)
-        partial = backend.forward(q, k, v, ctx.params)
+        ctx.backend, ctx.call = backend, causal_call(q)
+        partial = backend.forward(q, k, v, ctx.call)
         ctx.save_for_backward(q, k, v, partial.out, partial.lse)
         return partial.out
 
     @staticmethod
     def backward(ctx: Any, dout: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
-        grads = ctx.backend.backward(dout, *ctx.saved_tensors, ctx.params)
+        q, k, v, out, lse = ctx.saved_tensors
+        grads = ctx.backend.backward(dout, q, k, v, Partial(out, lse), ctx.call)
         return grads.dq, grads.dk, grads.dv, None
 
 
@@ -176,7 +177,11 @@ def dist_rows(args: argparse.Namespace, tokens: int, head_dim: int) -> list[Row]
 
 def chosen_backend(args: argparse.Namespace, q: Tensor) -> Backend:
     """The backend of both sides, for a causal call."""
-    return select_backend(args.backend, q, make_params(q.shape[-1], None, True, (-1, -1), 0.0, False))
+    return select_backend(args.backend, q, causal_call(q))
+
+
+def causal_call(q: Tensor) -> Call:
+    return Call(make_params(q.shape[-1], None, True, (-1, -1), 0.0, False))
 
 
 def draw(leading: tuple[int, ...], head_dim: int) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:

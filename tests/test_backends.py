@@ -13,19 +13,19 @@ import magi_sink_cp
 from magi_sink_cp import attention_with_sink, backends
 from magi_sink_cp.kernels import fa3, registry
 from magi_sink_cp.kernels.inputs import make_params
-from magi_sink_cp.kernels.protocol import Backend
+from magi_sink_cp.kernels.protocol import Backend, Call
 
 
 def test_every_backend_is_listed_with_a_reason():
     listed = {info.name: info for info in backends()}
-    assert list(listed) == ["fa3", "aten", "cpu"]
+    assert list(listed) == ["fa3", "fa4", "fa2", "aten", "cpu"]
     assert listed["cpu"].available
     for info in listed.values():
         assert info.available == (info.reason == "")
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a GPU")
-@pytest.mark.parametrize("name", ["fa3", "aten"])
+@pytest.mark.parametrize("name", ["fa3", "fa4", "fa2", "aten"])
 def test_a_named_backend_that_cannot_run_says_why(name):
     q = torch.randn(1, 4, 2, 8)
     with pytest.raises(ValueError, match=f"backend='{name}' is not available: torch sees no CUDA GPU"):
@@ -40,7 +40,7 @@ class _Picky(Backend):
     def unavailable(self):
         return None
 
-    def unsupported(self, q, params):
+    def unsupported(self, q, call, head_dim_v=None):
         return "it runs nothing"
 
     def _forward(self, *_):
@@ -57,7 +57,7 @@ def test_auto_passes_over_what_cannot_run_the_call_and_logs_one_line(monkeypatch
     with caplog.at_level(logging.INFO, logger="magi_sink_cp"):
         for _ in range(3):
             attention_with_sink(q, q, q)
-    assert [record.message for record in caplog.records] == ["backend 'auto' is cpu (picky: it runs nothing)"]
+    assert [record.message for record in caplog.records] == ["attention runs on cpu (picky: it runs nothing)"]
     monkeypatch.setattr(registry, "_BACKENDS", (_Picky(),))
     with pytest.raises(ValueError, match="no backend can run this call: picky: it runs nothing"):
         attention_with_sink(q, q, q)
@@ -81,15 +81,18 @@ def test_what_flash_attention_does_not_take(change, message):
         dtype = change.get("dtype", torch.bfloat16)
         shape = (1, 4, 2, change.get("head_dim", 64))
 
-    params = make_params(8, None, False, (-1, -1), 0.0, False)
-    assert message in registry.AtenBackend().unsupported(OnCuda(), params)
+    call = Call(make_params(8, None, False, (-1, -1), 0.0, False))
+    assert message in registry.AtenBackend().unsupported(OnCuda(), call)
     on_cpu = torch.empty(1, 4, 2, 64, dtype=torch.bfloat16)
-    assert "and q is on cpu" in registry.AtenBackend().unsupported(on_cpu, params)
+    assert "and q is on cpu" in registry.AtenBackend().unsupported(on_cpu, call)
 
 
 def test_aten_names_softcap():
-    params = make_params(8, None, False, (-1, -1), 5.0, False)
-    assert "no softcap" in registry.AtenBackend().unsupported(torch.empty(1, 1, 1, 8), params)
+    class OnCuda:
+        device, dtype, shape = torch.device("cuda"), torch.bfloat16, (1, 4, 2, 64)
+
+    call = Call(make_params(8, None, False, (-1, -1), 5.0, False))
+    assert "it has no softcap, and the call sets softcap=5.0" in registry.AtenBackend().unsupported(OnCuda(), call)
 
 
 def test_a_broken_flash_attn_3_is_not_passed_over_in_silence(monkeypatch, tmp_path):
@@ -150,8 +153,13 @@ def test_the_package_works_without_triton():
 
 
 def test_public_names():
-    assert sorted(magi_sink_cp.__all__) == sorted(
-        ["BackendInfo", "CPPlan", "SinkAttention", "attention_with_sink", "backends", "cp_attention_with_sink", "make_cp_plan"]
-    )
+    drop_in = [
+        "fa3_func_with_sink", "fa3_varlen_func_with_sink", "fa3_qkvpacked_func_with_sink",
+        "fa2_func_with_sink", "fa2_varlen_func_with_sink", "fa2_qkvpacked_func_with_sink", "fa2_kvpacked_func_with_sink",
+        "fa2_varlen_qkvpacked_func_with_sink", "fa2_varlen_kvpacked_func_with_sink",
+        "fa4_func_with_sink", "fa4_varlen_func_with_sink",
+    ]  # fmt: skip
+    others = ["BackendInfo", "CPPlan", "SinkAttention", "attention_with_sink", "backends", "compat", "cp_attention_with_sink"]
+    assert sorted(magi_sink_cp.__all__) == sorted([*drop_in, *others, "make_cp_plan", "set_fallback"])
     for name in magi_sink_cp.__all__:
         assert getattr(magi_sink_cp, name).__doc__, f"{name} has no docstring"

@@ -36,7 +36,7 @@ DENSE = [
     ({"k": torch.randn(K).bfloat16()}, TypeError, "one dtype, got q torch.float32 and k torch.bfloat16"),
     ({"v": torch.randn(K, device="meta")}, ValueError, "one device, got q on cpu and v on meta"),
     ({"v": torch.randn(2, 4, 2, 8)}, ValueError, r"k and v must have one shape, got k \(2, 5, 2, 8\) and v \(2, 4, 2, 8\)"),
-    ({"k": torch.randn(2, 5, 2, 6), "v": torch.randn(2, 5, 2, 6)}, ValueError, "one head_dim .* got q 8 and k 6"),
+    ({"k": torch.randn(2, 5, 2, 6), "v": torch.randn(2, 5, 2, 6)}, ValueError, "one head_dim .* got q 8, k 6 and v 6"),
     ({"k": torch.randn(2, 5, 3, 8), "v": torch.randn(2, 5, 3, 8)}, ValueError, "must divide the heads of q .* got q 4 and k 3"),
     ({"k": torch.randn(1, 5, 2, 8), "v": torch.randn(1, 5, 2, 8)}, ValueError, "one batch size, got q 2 and k 1"),
     ({"sink": torch.randn(4)}, ValueError, r"shape \(s_sink >= 1, 4\) .* got \(4,\)"),
@@ -50,7 +50,7 @@ DENSE = [
     ({"sink": torch.randn(1, 4).double()}, TypeError, "sink must have a dtype of .* got torch.float64"),
     ({"sink": torch.randn(1, 4, device="meta")}, ValueError, r"sink must be on the device of q \(cpu\), got meta"),
     ({"sink": 0.5}, TypeError, "sink must be a torch.Tensor or None, got float"),
-    ({"backend": "fa9"}, ValueError, r"backend must be 'auto' or one of \['fa3', 'aten', 'cpu'\], got 'fa9'"),
+    ({"backend": "fa9"}, ValueError, r"backend must be 'auto' or one of \['fa3', 'fa4', 'fa2', 'aten', 'cpu'\], got 'fa9'"),
     ({"window_size": (1,)}, ValueError, r"window_size must be two ints .* got \(1,\)"),
     ({"window_size": (-2, 0)}, ValueError, r"window_size must be two ints .* got \(-2, 0\)"),
     ({"window_size": 128}, ValueError, "window_size must be two ints .* got 128"),
@@ -80,7 +80,11 @@ def cu(*values, dtype=INT32):
 
 PACKED = [
     ({"cu_seqlens_q": cu(1, 6)}, ValueError, r"cu_seqlens_q must start at 0, got \[1, 6\]"),
-    ({"cu_seqlens_q": cu(0, 4, 3, 6)}, ValueError, "cu_seqlens_q must not fall, but entry 2 is 3 after 4"),
+    (
+        {"cu_seqlens_q": cu(0, 4, 3, 6), "cu_seqlens_k": cu(0, 1, 2, 5)},
+        ValueError,
+        "cu_seqlens_q must not fall, but entry 2 is 3 after 4",
+    ),
     ({"cu_seqlens_q": cu(0, 5)}, ValueError, "cu_seqlens_q must end at the number of tokens, 6, got 5"),
     ({"cu_seqlens_k": cu(0, 6)}, ValueError, "cu_seqlens_k must end at the number of tokens, 5, got 6"),
     ({"cu_seqlens_k": cu(0, 2, 5)}, ValueError, "same number of documents, got 1 and 2"),

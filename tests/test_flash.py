@@ -8,6 +8,7 @@ import torch
 from magi_sink_cp.kernels.cpu import CpuBackend
 from magi_sink_cp.kernels.flash import FlashBackend, kernel_ready
 from magi_sink_cp.kernels.inputs import make_params
+from magi_sink_cp.kernels.protocol import Call, Partial
 
 
 class OverCpu(FlashBackend):
@@ -21,8 +22,8 @@ class OverCpu(FlashBackend):
     def _forward(self, *arguments):
         return CpuBackend()._forward(*arguments)
 
-    def _kernel_backward(self, *arguments):
-        return CpuBackend()._backward(*arguments, None)
+    def _kernel_backward(self, dout, q, k, v, saved, call, into):
+        return CpuBackend()._backward(dout, q, k, v, saved, call, None, into)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -30,12 +31,12 @@ class OverCpu(FlashBackend):
 def test_any_size_of_gradient(dtype, size):
     torch.manual_seed(0)
     q, k, v = (torch.randn(2, 12, 4, 8).to(dtype) for _ in range(3))
-    params = make_params(8, None, True, (-1, -1), 0.0, False)
-    partial = CpuBackend().forward(q, k, v, params)
+    call = Call(make_params(8, None, True, (-1, -1), 0.0, False))
+    partial = CpuBackend().forward(q, k, v, call)
     dout, dlse = torch.zeros_like(q), torch.randn_like(partial.lse) * size
-    arguments = (dout, q, k, v, partial.out, partial.lse, params, None, dlse)
-    exact = CpuBackend().backward(dout.float(), q.float(), k.float(), v.float(), partial.out.float(), *arguments[5:])
-    result = OverCpu().backward(*arguments)
+    exact_saved = Partial(partial.out.float(), partial.lse)
+    exact = CpuBackend().backward(dout.float(), q.float(), k.float(), v.float(), exact_saved, call, dlse)
+    result = OverCpu().backward(dout, q, k, v, partial, call, dlse)
     for ours, true in ((result.dq, exact.dq), (result.dk, exact.dk)):
         assert not ours.isnan().any()
         if true.abs().max() < torch.finfo(dtype).max:
@@ -46,11 +47,11 @@ def test_any_size_of_gradient(dtype, size):
 @pytest.mark.parametrize("value", [float("inf"), float("nan")])
 def test_a_gradient_that_is_not_finite_stays_in_its_batch_entry(value):
     q = torch.randn(2, 6, 2, 8).bfloat16()
-    params = make_params(8, None, False, (-1, -1), 0.0, False)
-    partial = CpuBackend().forward(q, q, q, params)
+    call = Call(make_params(8, None, False, (-1, -1), 0.0, False))
+    partial = CpuBackend().forward(q, q, q, call)
     dlse = torch.zeros_like(partial.lse)
     dlse[0, 0, 0] = value
-    grads = OverCpu().backward(torch.zeros_like(q), q, q, q, partial.out, partial.lse, params, None, dlse)
+    grads = OverCpu().backward(torch.zeros_like(q), q, q, q, partial, call, dlse)
     assert not grads.dq[0].isfinite().all()
     assert grads.dq[1].isfinite().all()
     assert grads.dk[1].isfinite().all()

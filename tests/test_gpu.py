@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
-
 import pytest
 import torch
 
@@ -11,7 +9,7 @@ from magi_sink_cp import attention_with_sink, backends
 from magi_sink_cp.kernels.dsink import sink_gradient
 from magi_sink_cp.kernels.inputs import make_params
 from magi_sink_cp.kernels.merge import merge, merge_torch
-from magi_sink_cp.kernels.protocol import Partial, RowDelta, Varlen
+from magi_sink_cp.kernels.protocol import Call, Partial, RowDelta, Varlen
 from magi_sink_cp.kernels.registry import select_backend
 from tests.helpers import Case, assert_within_plain, errors, make_case, run, truth
 
@@ -181,11 +179,12 @@ def test_fa3_hands_over_delta(head_dim, mask, lengths):
     """The padding of varlen softmax_d is what RowDelta says: dsink from it has the digits of dsink from out and dout in fp64."""
     case = make_case(lengths, lengths, heads=4, heads_kv=2, head_dim=head_dim, dtype=torch.bfloat16, device="cuda")
     params = make_params(case.q.shape[-1], None, mask.get("causal", False), mask.get("window_size", (-1, -1)), 0.0, False)
-    fa3 = select_backend("fa3", case.q, params)
     cu_seqlens = torch.tensor(case.cu_seqlens_q, dtype=torch.int32, device="cuda")
     varlen = Varlen(cu_seqlens, cu_seqlens, max(lengths), max(lengths))
-    out, lse = merge([fa3.forward(case.q, case.k, case.v, params, varlen)], case.sink)
-    delta = fa3.backward(case.dout, case.q, case.k, case.v, out, lse, params, varlen).delta
+    call = Call(params, varlen)
+    fa3 = select_backend("fa3", case.q, call)
+    out, lse = merge([fa3.forward(case.q, case.k, case.v, call)], case.sink)
+    delta = fa3.backward(case.dout, case.q, case.k, case.v, Partial(out, lse), call).delta
     assert delta is not None, "softmax_d has a padding that backward_block does not know"
     assert delta.block > 0
     from_delta = sink_gradient(case.sink, lse, delta)
@@ -273,10 +272,8 @@ def test_large_offsets():
 
 def test_softcap_is_named_as_what_a_build_lacks(backend):
     case = make_case([32], [32], batch=1, head_dim=64, dtype=torch.bfloat16, device="cuda", softcap=5.0)
-    params = make_params(case.q.shape[-1], None, False, (-1, -1), 5.0, False)
-    lacks_softcap = (
-        backend == "aten" or "xformers" in select_backend("fa3", case.q, dataclasses.replace(params, softcap=0.0)).describe()
-    )
+    plain = Call(make_params(case.q.shape[-1], None, False, (-1, -1), 0.0, False))
+    lacks_softcap = backend == "aten" or (backend == "fa3" and "xformers" in select_backend("fa3", case.q, plain).describe())
     if lacks_softcap:
         with pytest.raises(ValueError, match="softcap"):
             attention_with_sink(case.q, case.k, case.v, backend=backend, softcap=5.0)

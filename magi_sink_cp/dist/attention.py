@@ -22,7 +22,7 @@ from magi_sink_cp.dist.transport import Transfer, group_cast, group_reduce
 from magi_sink_cp.kernels.dsink import sink_gradient
 from magi_sink_cp.kernels.inputs import check_qkv, check_sink, make_params
 from magi_sink_cp.kernels.merge import MAX_PARTIALS, merge
-from magi_sink_cp.kernels.protocol import AttentionParams, Backend, Gradients, Partial, RowDelta, nothing_seen, stat_dtype
+from magi_sink_cp.kernels.protocol import AttentionParams, Backend, Call, Gradients, Partial, RowDelta, nothing_seen, stat_dtype
 from magi_sink_cp.kernels.registry import select_backend
 
 DSINK_REDUCTIONS = ("none", "sum", "avg")
@@ -111,6 +111,8 @@ def _check_call(
     backend: str,
 ) -> _Call:
     check_qkv(q, k, v, 3, "(plan.local_tokens, heads, head_dim)")
+    if v.shape != k.shape:
+        raise ValueError(f"k and v must have one shape across ranks, got k {tuple(k.shape)} and v {tuple(v.shape)}")
     for name, x in (("q", q), ("k", k)):
         if x.shape[0] != plan.local_tokens:
             raise ValueError(
@@ -132,7 +134,7 @@ def _check_call(
     if plan.group is not None and backend_for(plan.group, q.device.type) is None:
         config = dist.get_backend_config(plan.group)
         raise ValueError(f"q, k and v must be on a device that the plan's group ({config}) can send from, got {q.device}")
-    return _Call(plan, plan.schedule(params.causal), select_backend(backend, q, params), params, dsink_reduce)
+    return _Call(plan, plan.schedule(params.causal), select_backend(backend, q, Call(params)), params, dsink_reduce)
 
 
 def _signature(q: Tensor, k: Tensor, v: Tensor, sink: Tensor | None, call: _Call, sink_layout: str) -> dict[str, object]:
@@ -232,12 +234,11 @@ def _travelling_keys(k: Tensor, v: Tensor, call: _Call) -> Iterator[tuple[Stage,
 
 def _forward_kernel(q: Tensor, k: Tensor, v: Tensor, kernel: KernelCall, call: _Call, out: Tensor | None) -> Partial:
     """Attention of one kernel call; its single document, if it has but one, runs as a dense batch of one."""
-    params = _params(kernel, call)
-    varlen = call.plan.varlen(kernel, q.device)
-    if varlen is not None:
-        partial = call.backend.forward(q, k, v, params, varlen, out)
+    request = _request(kernel, call, q.device)
+    if request.varlen is not None:
+        partial = call.backend.forward(q, k, v, request, out)
     else:
-        dense = call.backend.forward(q[None], k[None], v[None], params, None, None if out is None else out[None])
+        dense = call.backend.forward(q[None], k[None], v[None], request, None if out is None else out[None])
         partial = Partial(dense.out[0], dense.lse[0])
     return Partial(partial.out, partial.lse, kernel.rows[0])
 
@@ -247,21 +248,23 @@ def _backward_kernel(
 ) -> Gradients:
     """Gradients of one kernel call, for its rows and keys."""
     rows, keys = slice(*kernel.rows), slice(*kernel.keys)
-    params, varlen = _params(kernel, call), call.plan.varlen(kernel, q.device)
-    dout, q, out, lse = dout[rows], q[rows], out[rows], lse[:, rows].contiguous()
+    request = _request(kernel, call, q.device)
+    dout, q, saved = dout[rows], q[rows], Partial(out[rows], lse[:, rows].contiguous())
     dlse = None if dlse is None else dlse[:, rows]
-    if varlen is not None:
-        return call.backend.backward(dout, q, k[keys], v[keys], out, lse, params, varlen, dlse)
+    if request.varlen is not None:
+        return call.backend.backward(dout, q, k[keys], v[keys], saved, request, dlse)
     dense_dlse = None if dlse is None else dlse[None]
-    grads = call.backend.backward(dout[None], q[None], k[keys][None], v[keys][None], out[None], lse[None], params, None, dense_dlse)
+    dense = Partial(saved.out[None], saved.lse[None])
+    grads = call.backend.backward(dout[None], q[None], k[keys][None], v[keys][None], dense, request, dense_dlse)
     delta = None if grads.delta is None else RowDelta(grads.delta.values[0], grads.delta.rows)
     return Gradients(grads.dq[0], grads.dk[0], grads.dv[0], delta)
 
 
-def _params(kernel: KernelCall, call: _Call) -> AttentionParams:
+def _request(kernel: KernelCall, call: _Call, device: torch.device) -> Call:
     """The call's params with the mask of one kernel call: causal on own keys, all-visible on those of other ranks."""
     window_size = (-1, 0) if kernel.causal else (-1, -1)
-    return AttentionParams(call.params.softmax_scale, window_size, call.params.softcap, call.params.deterministic)
+    params = AttentionParams(call.params.softmax_scale, window_size, call.params.softcap, call.params.deterministic)
+    return Call(params, call.plan.varlen(kernel, device))
 
 
 class _GradientSum:

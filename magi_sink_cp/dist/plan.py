@@ -186,9 +186,9 @@ def _sha256(value: object) -> str:
 
 
 def _varlen(call: KernelCall, device: torch.device) -> Varlen:
-    longest = [max(hi - lo for lo, hi in itertools.pairwise(cu)) for cu in (call.cu_seqlens_q, call.cu_seqlens_k)]
+    max_q, max_k = (max(hi - lo for lo, hi in itertools.pairwise(cu)) for cu in (call.cu_seqlens_q, call.cu_seqlens_k))
     both = torch.tensor([call.cu_seqlens_q, call.cu_seqlens_k], dtype=torch.int32).to(device)
-    return Varlen(both[0].contiguous(), both[1].contiguous(), *longest)
+    return Varlen(both[0].contiguous(), both[1].contiguous(), max_q, max_k)
 
 
 @dataclass(frozen=True)

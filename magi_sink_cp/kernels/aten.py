@@ -5,16 +5,15 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from magi_sink_cp.kernels.flash import FlashBackend, kernel_ready
-from magi_sink_cp.kernels.protocol import AttentionParams, Gradients, Partial, Varlen
-
-_INF = float("inf")
+from magi_sink_cp.kernels.flash import FlashBackend, flash_2_lse, kernel_ready, normalise_empty_rows
+from magi_sink_cp.kernels.protocol import Call, Dropout, Gradients, Partial, Varlen, store
 
 
 class AtenBackend(FlashBackend):
     """torch.ops.aten._flash_attention_forward / _backward. They report lse = +inf for rows without a key: -inf here."""
 
     name = "aten"
+    features = frozenset({"deterministic", "dropout_p"})
 
     def unavailable(self) -> str | None:
         if not torch.cuda.is_available():
@@ -24,48 +23,46 @@ class AtenBackend(FlashBackend):
         capability = torch.cuda.get_device_capability()
         return None if capability >= (8, 0) else f"it needs sm_80 or newer, and this GPU is sm_{capability[0]}{capability[1]}"
 
-    def unsupported(self, q: Tensor, params: AttentionParams) -> str | None:
-        if params.softcap > 0:
-            return "PyTorch's FlashAttention-2 has no softcap"
-        return super().unsupported(q, params)
-
     def describe(self) -> str:
-        return f"aten (torch {torch.__version__})"
+        return f"aten (PyTorch's FlashAttention-2, torch {torch.__version__})"
 
-    def _forward(
-        self, q: Tensor, k: Tensor, v: Tensor, params: AttentionParams, varlen: Varlen | None, out: Tensor | None
-    ) -> Partial:
+    def _forward(self, q: Tensor, k: Tensor, v: Tensor, call: Call, out: Tensor | None, want_probs: bool) -> Partial:
         q, k, v = (kernel_ready(x) for x in (q, k, v))
-        result, lse, *_ = torch.ops.aten._flash_attention_forward(
-            q, k, v, *_lengths(q, k, varlen), 0.0, params.causal, False, **_mask(params)
+        dropout_p = call.params.dropout_p
+        result, lse, rng_state, _, attn_probs = torch.ops.aten._flash_attention_forward(
+            q, k, v, *_lengths(q, k, call.varlen), dropout_p, call.params.causal, want_probs, **_mask(call)
         )
-        return Partial(result, lse.masked_fill_(lse == _INF, -_INF))
+        dropout = Dropout(rng_state, attn_probs) if dropout_p > 0 else None
+        return Partial(result, normalise_empty_rows(lse), dropout=dropout)
 
     def _kernel_backward(
-        self,
-        dout: Tensor,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        out: Tensor,
-        lse: Tensor,
-        params: AttentionParams,
-        varlen: Varlen | None,
+        self, dout: Tensor, q: Tensor, k: Tensor, v: Tensor, saved: Partial, call: Call, into: Gradients | None
     ) -> Gradients:
-        lse = lse.masked_fill(lse == -_INF, _INF)  # exp(S - lse) must be 0, not NaN, for a row without a key
-        rng_state = torch.empty(2, dtype=torch.uint64, device=q.device)  # read only when there is dropout
-        unused = torch.empty(0, dtype=torch.uint64, device=q.device)
+        lse, params = flash_2_lse(saved.lse), call.params
+        unused = torch.empty((), dtype=torch.uint64, device=q.device)
+        rng_state = torch.empty(2, dtype=torch.uint64, device=q.device) if saved.dropout is None else saved.dropout.rng_state
+        arguments = (
+            dout,
+            q,
+            k,
+            v,
+            saved.out,
+            lse,
+            *_lengths(q, k, call.varlen),
+            params.dropout_p,
+            params.causal,
+            rng_state,
+            unused,
+        )
         was_deterministic = torch.are_deterministic_algorithms_enabled()
         was_warn_only = torch.is_deterministic_algorithms_warn_only_enabled()
         try:
             if params.deterministic:  # with warn_only the operator would warn and stay non-deterministic
                 torch.use_deterministic_algorithms(True)
-            dq, dk, dv = torch.ops.aten._flash_attention_backward(
-                dout, q, k, v, out, lse, *_lengths(q, k, varlen), 0.0, params.causal, rng_state, unused, **_mask(params)
-            )
+            dq, dk, dv = torch.ops.aten._flash_attention_backward(*arguments, **_mask(call))
         finally:
             torch.use_deterministic_algorithms(was_deterministic, warn_only=was_warn_only)
-        return Gradients(dq, dk, dv, None)
+        return store(Gradients(dq, dk, dv, None), into)
 
 
 def _lengths(q: Tensor, k: Tensor, varlen: Varlen | None) -> tuple[Tensor | None, Tensor | None, int, int]:
@@ -76,6 +73,6 @@ def _lengths(q: Tensor, k: Tensor, varlen: Varlen | None) -> tuple[Tensor | None
     return varlen.cu_seqlens_q, varlen.cu_seqlens_k, max(2, varlen.max_seqlen_q), varlen.max_seqlen_k
 
 
-def _mask(params: AttentionParams) -> dict[str, float | int | None]:
-    left, right = params.window_size
-    return {"scale": params.softmax_scale, "window_size_left": left, "window_size_right": right}
+def _mask(call: Call) -> dict[str, float | int | None]:
+    left, right = call.params.window_size
+    return {"scale": call.params.softmax_scale, "window_size_left": left, "window_size_right": right}

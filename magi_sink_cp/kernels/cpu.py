@@ -5,12 +5,24 @@ Shapes inside a document: T query rows, K keys, G = H / H_kv query heads a key h
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator
 
 import torch
 from torch import Tensor
 
-from magi_sink_cp.kernels.protocol import AttentionParams, Backend, Gradients, Partial, RowDelta, Varlen, nothing_seen
+from magi_sink_cp.kernels.protocol import (
+    FP8,
+    AttentionParams,
+    Backend,
+    Call,
+    Gradients,
+    Partial,
+    RowDelta,
+    Varlen,
+    nothing_seen,
+    store,
+)
 
 # Scores of one tile, or else of one row: 16 MiB in fp32, where a 16k × 16k sequence of 8 heads has 8 GiB.
 _TILE_ELEMENTS = 1 << 22
@@ -23,48 +35,62 @@ class CpuBackend(Backend):
     """Tiles of query rows × the keys that they see; products and statistics in fp32 (fp64 for fp64 inputs)."""
 
     name = "cpu"
+    features = frozenset({"softcap", "deterministic", "seqused_q", "seqused_k", "q_descale", "k_descale", "v_descale"})
 
     def unavailable(self) -> str | None:
         return None
 
-    def unsupported(self, q: Tensor, params: AttentionParams) -> str | None:
-        return None if q.device.type == "cpu" else f"it runs on CPU tensors, and q is on {q.device}"
+    def unsupported(self, q: Tensor, call: Call, head_dim_v: int | None = None) -> str | None:
+        if q.device.type != "cpu":
+            return f"it runs on CPU tensors, and q is on {q.device}"
+        return super().unsupported(q, call, head_dim_v)
 
-    def _forward(
-        self, q: Tensor, k: Tensor, v: Tensor, params: AttentionParams, varlen: Varlen | None, out: Tensor | None
-    ) -> Partial:
-        partial = nothing_seen(q, out)
+    def _forward(self, q: Tensor, k: Tensor, v: Tensor, call: Call, out: Tensor | None, want_probs: bool) -> Partial:
+        partial = nothing_seen(q, out, v.shape[-1])
+        if q.dtype == FP8:
+            q, k, v = _dequantised(q, k, v, call)
         with _full_precision():
-            for rows, keys, stats in _documents(q, varlen):
-                _forward_document(q[rows], k[keys], v[keys], params, partial.out[rows], partial.lse[stats])
+            for rows, keys, stats in _documents(q, call.varlen):
+                _forward_document(q[rows], k[keys], v[keys], call.params, partial.out[rows], partial.lse[stats])
         return partial
 
     def _backward(
-        self,
-        dout: Tensor,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        out: Tensor,
-        lse: Tensor,
-        params: AttentionParams,
-        varlen: Varlen | None,
-        dlse: Tensor | None,
+        self, dout: Tensor, q: Tensor, k: Tensor, v: Tensor, saved: Partial, call: Call, dlse: Tensor | None, into: Gradients | None
     ) -> Gradients:
-        delta = (dout.to(lse.dtype) * out.to(lse.dtype)).sum(-1).transpose(-1, -2)
+        lse = saved.lse
+        delta = (dout.to(lse.dtype) * saved.out.to(lse.dtype)).sum(-1).transpose(-1, -2)
         row_term = delta if dlse is None else delta - dlse
-        dq, dk, dv = torch.zeros_like(q), torch.zeros_like(k), torch.zeros_like(v)
+        dq, dk, dv = (torch.zeros_like(x) for x in (q, k, v))
         with _full_precision():
-            for rows, keys, stats in _documents(q, varlen):
+            for rows, keys, stats in _documents(q, call.varlen):
                 dq[rows], dk[keys], dv[keys] = _backward_document(
-                    dout[rows], q[rows], k[keys], v[keys], lse[stats], row_term[stats], params
+                    dout[rows], q[rows], k[keys], v[keys], lse[stats], row_term[stats], call.params
                 )
-        return Gradients(dq, dk, dv, RowDelta(delta, delta.shape[-1]))
+        return store(Gradients(dq, dk, dv, RowDelta(delta, q.shape[-3])), into)
 
 
 def _full_precision() -> torch.autocast:
     """autocast would run the products in bf16."""
     return torch.autocast("cpu", enabled=False)
+
+
+def _dequantised(q: Tensor, k: Tensor, v: Tensor, call: Call) -> tuple[Tensor, Tensor, Tensor]:
+    """fp8 q, k and v in fp32, times their descales (B or documents, H_kv), where given."""
+    varlen, extras = call.varlen, call.extras
+    lengths = (None, None) if varlen is None else (varlen.cu_seqlens_q.diff(), varlen.cu_seqlens_k.diff())
+    scaled = []
+    for x, descale, rows in (
+        (q, extras.q_descale, lengths[0]),
+        (k, extras.k_descale, lengths[1]),
+        (v, extras.v_descale, lengths[1]),
+    ):
+        x = x.float()
+        if descale is not None:
+            per_head = descale.repeat_interleave(x.shape[-2] // descale.shape[1], dim=1)
+            per_row = per_head.unsqueeze(1) if rows is None else per_head.repeat_interleave(rows, dim=0)
+            x = x * per_row.unsqueeze(-1)
+        scaled.append(x)
+    return scaled[0], scaled[1], scaled[2]
 
 
 def _documents(q: Tensor, varlen: Varlen | None) -> Iterator[tuple[_Index, _Index, _Index]]:
@@ -73,10 +99,16 @@ def _documents(q: Tensor, varlen: Varlen | None) -> Iterator[tuple[_Index, _Inde
         for b in range(q.shape[0]):
             yield (b,), (b,), (b,)
         return
-    starts_q, starts_k = varlen.cu_seqlens_q.tolist(), varlen.cu_seqlens_k.tolist()
-    for b in range(len(starts_q) - 1):
-        rows = slice(starts_q[b], starts_q[b + 1])
-        yield (rows,), (slice(starts_k[b], starts_k[b + 1]),), (slice(None), rows)
+    rows_of, keys_of = _spans(varlen.cu_seqlens_q, varlen.seqused_q), _spans(varlen.cu_seqlens_k, varlen.seqused_k)
+    for rows, keys in zip(rows_of, keys_of, strict=True):
+        yield (rows,), (keys,), (slice(None), rows)
+
+
+def _spans(cu_seqlens: Tensor, seqused: Tensor | None) -> list[slice]:
+    """The rows of each document, or the first ``seqused`` of them."""
+    starts = cu_seqlens.tolist()
+    lengths = [hi - lo for lo, hi in itertools.pairwise(starts)] if seqused is None else seqused.tolist()
+    return [slice(start, start + length) for start, length in zip(starts, lengths, strict=False)]
 
 
 def _visible(first: int, last: int, shift: int, num_keys: int, window_size: tuple[int, int]) -> tuple[int, int]:

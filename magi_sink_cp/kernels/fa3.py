@@ -19,18 +19,21 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from magi_sink_cp.kernels.flash import FlashBackend, kernel_ready
-from magi_sink_cp.kernels.protocol import AttentionParams, Gradients, Partial, RowDelta, Varlen
+from magi_sink_cp.kernels.flash import FlashBackend, hide_unused_rows, kernel_ready, mask_and_scores, new_gradients
+from magi_sink_cp.kernels.protocol import FP8, AttentionParams, Call, Extras, Gradients, Partial, RowDelta, Varlen
 
 INSTALL_HINT = (
     "install FlashAttention-3 from https://github.com/Dao-AILab/flash-attention (folder hopper), or "
-    "`pip install --no-deps xformers==0.0.34 nvidia-cuda-runtime-cu12`"
+    "`pip install --no-deps xformers==0.0.34 nvidia-cuda-runtime-cu12`, or import a package that registers "
+    "torch.ops.flash_attn_3 before the first call"
 )
 
-_SHARED_ARGUMENTS = ("cu_seqlens_q", "cu_seqlens_k", "max_seqlen_q", "max_seqlen_k", "softmax_scale", "is_causal", "softcap")
-_WINDOW_ARGUMENTS = ("window_size_left", "window_size_right")
-_FORWARD_ARGUMENTS = (*_SHARED_ARGUMENTS, *_WINDOW_ARGUMENTS, "out", "num_splits")
-_BACKWARD_ARGUMENTS = (*_SHARED_ARGUMENTS, *_WINDOW_ARGUMENTS, "dq", "dk", "dv", "deterministic")
+_COMMON_ARGUMENTS = (
+    "cu_seqlens_q", "cu_seqlens_k", "seqused_q", "seqused_k", "max_seqlen_q", "max_seqlen_k", "softmax_scale", "is_causal",
+    "window_size_left", "window_size_right", "softcap", "sm_margin",
+)  # fmt: skip
+_FORWARD_ARGUMENTS = (*_COMMON_ARGUMENTS, "out", "attention_chunk", "num_splits", "pack_gqa", "q_descale", "k_descale", "v_descale")
+_BACKWARD_ARGUMENTS = (*_COMMON_ARGUMENTS, "dq", "dk", "dv", "deterministic")
 
 # Where softmax_d stands among the tensors that bwd returns, by how many it returns: older builds return dq, dk, dv before it.
 _SOFTMAX_D_INDEX = {8: 3, 5: 0}
@@ -42,19 +45,29 @@ class _NotUsableError(Exception):
 
 @dataclass(frozen=True)
 class _Library:
-    """The loaded operators. softmax_d_index is where delta stands among the tensors that bwd returns."""
+    """The loaded operators. softmax_d_index is where delta stands among the tensors that bwd returns.
+
+    is_whole: softcap and fp8 were compiled in, which xformers leaves out. qv_name: builds call the argument ``q_v`` or ``qv``.
+    """
 
     source: str
     forward: Any
     backward: Any
     softmax_d_index: int
-    has_softcap: bool
+    is_whole: bool
+    qv_name: str
 
 
 class Fa3Backend(FlashBackend):
     """torch.ops.flash_attn_3.{fwd, bwd}. The backward hands over its softmax_d, which is delta."""
 
     name = "fa3"
+    features = frozenset({
+        "softcap", "deterministic", "attention_chunk", "num_splits", "pack_gqa", "sm_margin", "seqused_q", "seqused_k", "qv",
+        "q_descale", "k_descale", "v_descale",
+    })  # fmt: skip
+    dtypes = (torch.float16, torch.bfloat16, FP8)
+    max_head_dim_v = 512
 
     def unavailable(self) -> str | None:
         if not torch.cuda.is_available():
@@ -68,65 +81,71 @@ class Fa3Backend(FlashBackend):
             return str(error)
         return None
 
-    def unsupported(self, q: Tensor, params: AttentionParams) -> str | None:
-        if params.softcap > 0 and not _library().has_softcap:
-            return f"the FlashAttention-3 build of {_library().source} has no softcap"
-        if params.deterministic and q.shape[-1] > 192:
+    def unsupported(self, q: Tensor, call: Call, head_dim_v: int | None = None) -> str | None:
+        for feature, wanted in (("softcap", call.params.softcap > 0), ("fp8", q.dtype == FP8)):
+            if wanted and not _library().is_whole:
+                return f"the FlashAttention-3 build of {_library().source} has no {feature}"
+        if call.params.deterministic and q.shape[-1] > 192:
             return f"its deterministic backward takes a head_dim of at most 192, and q has {q.shape[-1]}"
-        return super().unsupported(q, params)
+        return super().unsupported(q, call, head_dim_v)
 
     def describe(self) -> str:
         return f"fa3 ({_library().source})"
 
-    def _forward(
-        self, q: Tensor, k: Tensor, v: Tensor, params: AttentionParams, varlen: Varlen | None, out: Tensor | None
-    ) -> Partial:
-        out, lse, *_ = _library().forward(
-            kernel_ready(q), kernel_ready(k), kernel_ready(v), out=out, num_splits=1, **_lengths(varlen), **_mask(params)
+    def _forward(self, q: Tensor, k: Tensor, v: Tensor, call: Call, out: Tensor | None, want_probs: bool) -> Partial:
+        library, params, varlen = _library(), call.params, call.varlen
+        result, lse, *_ = library.forward(
+            kernel_ready(q),
+            kernel_ready(k),
+            kernel_ready(v),
+            out=out,
+            attention_chunk=params.attention_chunk,
+            num_splits=params.num_splits,
+            pack_gqa=params.pack_gqa,
+            **_common(call),
+            **_extras(call.extras, library.qv_name),
         )
-        return Partial(out, lse)
+        if varlen is not None and varlen.seqused_q is not None:
+            hide_unused_rows(result, lse, varlen)
+        return Partial(result, lse)
 
     def _kernel_backward(
-        self,
-        dout: Tensor,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        out: Tensor,
-        lse: Tensor,
-        params: AttentionParams,
-        varlen: Varlen | None,
+        self, dout: Tensor, q: Tensor, k: Tensor, v: Tensor, saved: Partial, call: Call, into: Gradients | None
     ) -> Gradients:
-        library = _library()
-        dq, dk, dv = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
+        library, params, varlen = _library(), call.params, call.varlen
+        shortened = varlen is not None and (varlen.seqused_q is not None or varlen.seqused_k is not None)
+        dq, dk, dv = new_gradients(q, k, v) if into is None else (into.dq, into.dk, into.dv)
+        if shortened:  # the kernel writes the gradients of rows and keys that exist
+            for x in (dq, dk, dv):
+                x.zero_()
         returned = library.backward(
-            dout, q, k, v, out, lse, dq=dq, dk=dk, dv=dv, deterministic=params.deterministic, **_lengths(varlen), **_mask(params)
+            dout, q, k, v, saved.out, saved.lse, dq=dq, dk=dk, dv=dv, deterministic=params.deterministic, **_common(call)
         )
-        return Gradients(dq, dk, dv, _row_delta(returned[library.softmax_d_index], q, k, params, varlen))
+        known = not shortened and q.shape[-1] == v.shape[-1]
+        return Gradients(dq, dk, dv, _row_delta(returned[library.softmax_d_index], q, params, varlen) if known else None)
 
 
-def _lengths(varlen: Varlen | None) -> dict[str, Any]:
-    if varlen is None:
-        return {}
-    return {
-        "cu_seqlens_q": varlen.cu_seqlens_q,
-        "cu_seqlens_k": varlen.cu_seqlens_k,
-        "max_seqlen_q": varlen.max_seqlen_q,
-        "max_seqlen_k": varlen.max_seqlen_k,
-    }
+def _common(call: Call) -> dict[str, Any]:
+    arguments = mask_and_scores(call) | {"is_causal": call.params.causal, "sm_margin": call.params.sm_margin}
+    varlen = call.varlen
+    if varlen is not None:
+        arguments |= {
+            "cu_seqlens_q": varlen.cu_seqlens_q,
+            "cu_seqlens_k": varlen.cu_seqlens_k,
+            "max_seqlen_q": varlen.max_seqlen_q,
+            "max_seqlen_k": varlen.max_seqlen_k,
+            "seqused_q": varlen.seqused_q,
+            "seqused_k": varlen.seqused_k,
+        }
+    return arguments
 
 
-def _mask(params: AttentionParams) -> dict[str, Any]:
-    return {
-        "softmax_scale": params.softmax_scale,
-        "is_causal": params.causal,
-        "window_size_left": params.window_size[0],
-        "window_size_right": params.window_size[1],
-        "softcap": params.softcap,
-    }
+def _extras(extras: Extras, qv_name: str) -> dict[str, Tensor | None]:
+    tensors = {qv_name: extras.qv, "q_descale": extras.q_descale, "k_descale": extras.k_descale, "v_descale": extras.v_descale}
+    return {name: tensor for name, tensor in tensors.items() if tensor is not None}
 
 
-def _row_delta(softmax_d: Tensor, q: Tensor, k: Tensor, params: AttentionParams, varlen: Varlen | None) -> RowDelta | None:
+def _row_delta(softmax_d: Tensor, q: Tensor, params: AttentionParams, varlen: Varlen | None) -> RowDelta | None:
     """softmax_d with its layout, or None if its padding is not the one that we know (delta is then computed from out)."""
     if varlen is None:
         return RowDelta(softmax_d, q.shape[1])
@@ -152,7 +171,7 @@ def backward_block(head_dim: int, max_seqlen_q: int, max_seqlen_k: int, params: 
 @functools.cache
 def _library() -> _Library:
     """Find and load the operators once a process, or raise _NotUsableError with every place that was tried."""
-    source, softcap = _load()
+    source, is_whole = _load()
     forward, backward = torch.ops.flash_attn_3.fwd, torch.ops.flash_attn_3.bwd
     for operator, needed in ((forward, _FORWARD_ARGUMENTS), (backward, _BACKWARD_ARGUMENTS)):
         known = {argument.name for argument in operator.default._schema.arguments}
@@ -161,11 +180,12 @@ def _library() -> _Library:
     returns = backward.default._schema.returns
     if len(returns) not in _SOFTMAX_D_INDEX:
         raise _NotUsableError(f"bwd of {source} returns {len(returns)} tensors; 5 or 8 are known: {backward.default._schema}")
-    return _Library(source, forward.default, backward.default, _SOFTMAX_D_INDEX[len(returns)], softcap)
+    qv_name = "q_v" if any(argument.name == "q_v" for argument in forward.default._schema.arguments) else "qv"
+    return _Library(source, forward.default, backward.default, _SOFTMAX_D_INDEX[len(returns)], is_whole, qv_name)
 
 
 def _load() -> tuple[str, bool]:
-    """Register torch.ops.flash_attn_3; returns where from and whether softcap was compiled in."""
+    """Register torch.ops.flash_attn_3; returns where from and whether softcap and fp8 were compiled in."""
     if _registered():
         return "operators registered by another package", not _is_xformers_loaded()
     for package, module in (("flash_attn_3", "flash_attn_3._C"), ("flash_attn_interface", "flash_attn_interface")):

@@ -5,14 +5,16 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from magi_sink_cp.kernels.protocol import AttentionParams, Varlen
+from magi_sink_cp.kernels.protocol import FP8, AttentionParams, Varlen
 
 _FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+_FLOATS_AND_FP8 = (*_FLOATS, FP8)
 _SINK_FLOATS = (torch.float16, torch.bfloat16, torch.float32)
 SINK_LAYOUTS = ("sh", "ssh")
 
@@ -20,23 +22,35 @@ SINK_LAYOUTS = ("sh", "ssh")
 _host_copies: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
 
 
-def check_qkv(q: Tensor, k: Tensor, v: Tensor, num_dims: int, shape_text: str) -> None:
-    """Rank, heads, head_dim, dtype and device of q, k and v."""
+def check_qkv(
+    q: Tensor, k: Tensor, v: Tensor, num_dims: int, shape_text: str, fp8_allowed: bool = False, paged: bool = False
+) -> None:
+    """Rank, heads, head_dim, dtype and device of q, k and v. ``paged``: k and v are (pages, page size, H_kv, D)."""
+    dtypes = _FLOATS_AND_FP8 if fp8_allowed else _FLOATS
     for name, x in (("q", q), ("k", k), ("v", v)):
         if not isinstance(x, Tensor):
             raise TypeError(f"{name} must be a torch.Tensor, got {type(x).__name__}")
-        if x.dim() != num_dims:
+        if paged and name != "q":
+            if x.dim() != 4:
+                raise ValueError(
+                    f"{name} must have 4 dimensions (pages, page size, heads, head_dim), as block_table is given, "
+                    f"got shape {tuple(x.shape)}"
+                )
+        elif x.dim() != num_dims:
             raise ValueError(f"{name} must have {num_dims} dimensions {shape_text}, got shape {tuple(x.shape)}")
-        if x.dtype not in _FLOATS:
-            raise TypeError(f"{name} must have a dtype of {_names(_FLOATS)}, got {x.dtype}")
+        if x.dtype not in dtypes:
+            raise TypeError(f"{name} must have a dtype of {_names(dtypes)}, got {x.dtype}")
         if x.dtype != q.dtype:
             raise TypeError(f"q, k and v must have one dtype, got q {q.dtype} and {name} {x.dtype}")
         if x.device != q.device:
             raise ValueError(f"q, k and v must be on one device, got q on {q.device} and {name} on {x.device}")
-    if k.shape != v.shape:
-        raise ValueError(f"k and v must have one shape, got k {tuple(k.shape)} and v {tuple(v.shape)}")
-    if q.shape[-1] != k.shape[-1] or q.shape[-1] < 1:
-        raise ValueError(f"q and k must have one head_dim >= 1 (their last dimension), got q {q.shape[-1]} and k {k.shape[-1]}")
+    if k.shape[:-1] != v.shape[:-1]:
+        raise ValueError(f"k and v must have one shape, got k {tuple(k.shape)} and v {tuple(v.shape)} (only head_dim may differ)")
+    if q.shape[-1] != k.shape[-1] or q.shape[-1] < 1 or v.shape[-1] < 1:
+        raise ValueError(
+            "q and k must have one head_dim >= 1 (their last dimension), and v one >= 1, "
+            f"got q {q.shape[-1]}, k {k.shape[-1]} and v {v.shape[-1]}"
+        )
     heads, heads_kv = q.shape[-2], k.shape[-2]
     if heads < 1 or heads_kv < 1 or heads % heads_kv:
         raise ValueError(f"the heads of k and v must divide the heads of q (both >= 1), got q {heads} and k {heads_kv}")
@@ -68,22 +82,43 @@ def check_sink(sink: Tensor | None, sink_layout: str, q: Tensor) -> None:
 
 
 def make_params(
-    head_dim: int, softmax_scale: float | None, causal: bool, window_size: Sequence[int], softcap: float, deterministic: bool
+    head_dim: int,
+    softmax_scale: float | None,
+    causal: bool,
+    window_size: Sequence[int],
+    softcap: float,
+    deterministic: bool,
+    *,
+    dropout_p: float = 0.0,
+    attention_chunk: int = 0,
+    num_splits: int = 1,
+    pack_gqa: bool | None = None,
+    sm_margin: int = 0,
 ) -> AttentionParams:
     """The checked :class:`AttentionParams`; ``causal`` becomes a right window of 0, and the scale defaults to head_dim^-1/2."""
     for name, flag in (("causal", causal), ("deterministic", deterministic)):
         if not isinstance(flag, bool):
             raise TypeError(f"{name} must be a bool, got {flag!r}")
+    if pack_gqa is not None and not isinstance(pack_gqa, bool):
+        raise TypeError(f"pack_gqa must be a bool or None, got {pack_gqa!r}")
     if (
         not isinstance(window_size, Sequence)
         or len(window_size) != 2
         or not all(_is_int(w) and -1 <= w < 2**31 for w in window_size)
     ):
         raise ValueError(f"window_size must be two ints (left, right) from -1, unlimited, to 2^31 - 1, got {window_size!r}")
+    for name, value in (("attention_chunk", attention_chunk), ("num_splits", num_splits), ("sm_margin", sm_margin)):
+        if not _is_int(value) or not 0 <= value < 2**31:
+            raise ValueError(f"{name} must be an int from 0 to 2^31 - 1, got {value!r}")
     scale = _check_float("softmax_scale", head_dim**-0.5 if softmax_scale is None else softmax_scale, zero_allowed=False)
     cap = _check_float("softcap", softcap, zero_allowed=True)
+    dropout = _check_float("dropout_p", dropout_p, zero_allowed=True)
+    if dropout >= 1:
+        raise ValueError(f"dropout_p must be at least 0 and below 1, got {dropout_p!r}")
     left, right = window_size
-    return AttentionParams(scale, (left, 0 if causal else right), cap, deterministic)
+    return AttentionParams(
+        scale, (left, 0 if causal else right), cap, deterministic, dropout, attention_chunk, num_splits, pack_gqa, sm_margin
+    )
 
 
 def _is_int(value: object) -> bool:
@@ -98,72 +133,121 @@ def _check_float(name: str, value: float, zero_allowed: bool) -> float:
         converted = float(value)
     except OverflowError:
         converted = math.inf
-    if not math.isfinite(converted) or converted < 0 or (converted == 0 and not zero_allowed):
+    if not 0 <= converted < math.inf or (converted == 0 and not zero_allowed):  # comparisons: torch.compile has symbolic floats
         raise ValueError(f"{name} must be finite and {'>= 0' if zero_allowed else '> 0'}, got {str(value)[:20]}")
     return converted
+
+
+def check_lengths(q: Tensor, k: Tensor, cu_seqlens_q: Tensor | None, cu_seqlens_k: Tensor | None, **others: Any) -> None:
+    """That cu_seqlens come in pairs, with a right dtype, shape and device, and nothing that belongs to them without them.
+
+    ``others`` are max_seqlen_q, max_seqlen_k (ints) and seqused_q, seqused_k (int32 (documents,) tensors), by name. What
+    cu_seqlens hold is read by :func:`make_varlen`.
+    """
+    if cu_seqlens_q is None and cu_seqlens_k is None:
+        for name, value in others.items():
+            if value is not None:
+                raise ValueError(f"{name} belongs to cu_seqlens_q and cu_seqlens_k, which are not given; got {name}={value}")
+        return
+    if cu_seqlens_q is None or cu_seqlens_k is None:
+        missing = "cu_seqlens_q" if cu_seqlens_q is None else "cu_seqlens_k"
+        raise ValueError(f"cu_seqlens_q and cu_seqlens_k must be given together, and {missing} is None")
+    for name, cu_seqlens in (("cu_seqlens_q", cu_seqlens_q), ("cu_seqlens_k", cu_seqlens_k)):
+        check_cu_seqlens(cu_seqlens, name, q.device)
+    documents = cu_seqlens_q.shape[0] - 1
+    if cu_seqlens_k.shape[0] - 1 != documents:
+        raise ValueError(
+            f"cu_seqlens_q and cu_seqlens_k must name the same number of documents, got {documents} and {cu_seqlens_k.shape[0] - 1}"
+        )
+    for name in ("seqused_q", "seqused_k"):
+        used = others.get(name)
+        if used is None:
+            continue
+        if (
+            not isinstance(used, Tensor)
+            or used.dtype != torch.int32
+            or used.device != q.device
+            or tuple(used.shape) != (documents,)
+        ):
+            raise ValueError(
+                f"{name} must be an int32 tensor ({documents},) on {q.device}, a length for each document, got {_describe(used)}"
+            )
+    for name in ("max_seqlen_q", "max_seqlen_k"):
+        longest = others.get(name)
+        if longest is not None and (not _is_int(longest) or longest < 0):
+            raise ValueError(f"{name} must be an int >= 0, the longest document of cu_seqlens_{name[-1]}, got {longest!r}")
 
 
 def make_varlen(
     q: Tensor,
     k: Tensor,
-    cu_seqlens_q: Tensor | None,
-    cu_seqlens_k: Tensor | None,
+    cu_seqlens_q: Tensor,
+    cu_seqlens_k: Tensor,
     max_seqlen_q: int | None,
     max_seqlen_k: int | None,
-) -> Varlen | None:
-    """The checked :class:`Varlen` of packed q and k, or None if neither cu_seqlens is given."""
-    if cu_seqlens_q is None and cu_seqlens_k is None:
-        for name, value in (("max_seqlen_q", max_seqlen_q), ("max_seqlen_k", max_seqlen_k)):
-            if value is not None:
-                raise ValueError(f"{name} belongs to cu_seqlens_q and cu_seqlens_k, which are not given; got {name}={value}")
-        return None
-    if cu_seqlens_q is None or cu_seqlens_k is None:
-        missing = "cu_seqlens_q" if cu_seqlens_q is None else "cu_seqlens_k"
-        raise ValueError(f"cu_seqlens_q and cu_seqlens_k must be given together, and {missing} is None")
+    seqused_q: Tensor | None = None,
+    seqused_k: Tensor | None = None,
+    read: bool = True,
+) -> Varlen:
+    """The :class:`Varlen` of packed q and k, after :func:`check_lengths`.
+
+    ``read``: check what the offsets hold, also on a GPU (see :func:`read_cu_seqlens`). Without it CUDA offsets are read only
+    if a max_seqlen is None, and trusted otherwise, as FlashAttention does. Offsets on the CPU are always checked.
+    """
     longest = []
-    for name, cu_seqlens, x, given in (("q", cu_seqlens_q, q, max_seqlen_q), ("k", cu_seqlens_k, k, max_seqlen_k)):
-        offsets = read_cu_seqlens(cu_seqlens, f"cu_seqlens_{name}", x.shape[0], x.device)
+    total_k = k.shape[0] if k.dim() == 3 else None  # unknown of paged keys, (pages, page size, H_kv, D)
+    for name, cu_seqlens, total, given in (
+        ("q", cu_seqlens_q, q.shape[0], max_seqlen_q),
+        ("k", cu_seqlens_k, total_k, max_seqlen_k),
+    ):
+        if cu_seqlens.is_cuda and not read and given is not None:
+            longest.append(given)
+            continue
+        offsets = read_cu_seqlens(cu_seqlens, f"cu_seqlens_{name}", total)
         actual = max((hi - lo for lo, hi in itertools.pairwise(offsets)), default=0)
-        if given is not None and (not _is_int(given) or given < actual):
+        if given is not None and given < actual:
             raise ValueError(
                 f"max_seqlen_{name} must be an int >= {actual}, the longest document of cu_seqlens_{name}, got {given!r}"
             )
         longest.append(actual if given is None else given)
-    if cu_seqlens_q.numel() != cu_seqlens_k.numel():
-        raise ValueError(
-            "cu_seqlens_q and cu_seqlens_k must name the same number of documents, "
-            f"got {cu_seqlens_q.numel() - 1} and {cu_seqlens_k.numel() - 1}"
-        )
-    return Varlen(cu_seqlens_q, cu_seqlens_k, longest[0], longest[1])
+    for name, used, cu_seqlens in (("seqused_q", seqused_q, cu_seqlens_q), ("seqused_k", seqused_k, cu_seqlens_k)):
+        if used is not None and not used.is_cuda and not bool(((used >= 0) & (used <= cu_seqlens.diff())).all()):
+            raise ValueError(f"{name} must be from 0 to each document's length {cu_seqlens.diff().tolist()}, got {used.tolist()}")
+    return Varlen(cu_seqlens_q, cu_seqlens_k, longest[0], longest[1], seqused_q, seqused_k)
 
 
-def read_cu_seqlens(cu_seqlens: Tensor, name: str, total: int, device: torch.device | None = None) -> tuple[int, ...]:
-    """The checked contents of an int32 cu_seqlens tensor (documents + 1,) that must run from 0 to ``total``.
-
-    A CUDA tensor costs one copy to the host when it is first seen; the same unchanged tensor costs nothing after that. A change
-    that torch does not count as one (through ``.data``, or in a replayed CUDA graph) is not seen.
-    """
+def check_cu_seqlens(cu_seqlens: Tensor, name: str, device: torch.device | None = None) -> None:
+    """Type, dtype, shape, device and layout of a cu_seqlens tensor."""
     if not isinstance(cu_seqlens, Tensor):
         raise TypeError(f"{name} must be a torch.Tensor, got {type(cu_seqlens).__name__}")
     if cu_seqlens.dtype != torch.int32:
         raise TypeError(f"{name} must have dtype torch.int32, got {cu_seqlens.dtype}")
-    if cu_seqlens.dim() != 1 or cu_seqlens.numel() < 1:
+    if cu_seqlens.dim() != 1 or cu_seqlens.shape[0] < 1:
         raise ValueError(f"{name} must have shape (documents + 1,), got {tuple(cu_seqlens.shape)}")
     if device is not None and cu_seqlens.device != device:
         raise ValueError(f"{name} must be on the device of q ({device}), got {cu_seqlens.device}")
     if not cu_seqlens.is_contiguous():
         raise ValueError(f"{name} must be contiguous, got strides {cu_seqlens.stride()}")
+
+
+def read_cu_seqlens(cu_seqlens: Tensor, name: str, total: int | None) -> tuple[int, ...]:
+    """The checked contents of an int32 cu_seqlens tensor (documents + 1,) that must run from 0 to ``total``, if that is given.
+
+    A CUDA tensor costs one copy to the host when it is first seen; the same unchanged tensor costs nothing after that. A change
+    that torch does not count as one (through ``.data``, or in a replayed CUDA graph) is not seen.
+    """
+    check_cu_seqlens(cu_seqlens, name)
     return check_offsets(_host_copy(cu_seqlens, name), name, total)
 
 
-def check_offsets(offsets: tuple[int, ...], name: str, total: int) -> tuple[int, ...]:
-    """offsets, which must start at 0, never fall, and end at ``total`` tokens."""
+def check_offsets(offsets: tuple[int, ...], name: str, total: int | None) -> tuple[int, ...]:
+    """offsets, which must start at 0, never fall, and end at ``total`` tokens, if that is given."""
     if not offsets or offsets[0] != 0:
         raise ValueError(f"{name} must start at 0, got {_shorten(offsets)}")
     for b in range(len(offsets) - 1):
         if offsets[b + 1] < offsets[b]:
             raise ValueError(f"{name} must not fall, but entry {b + 1} is {offsets[b + 1]} after {offsets[b]}")
-    if offsets[-1] != total:
+    if total is not None and offsets[-1] != total:
         raise ValueError(f"{name} must end at the number of tokens, {total}, got {offsets[-1]}")
     return offsets
 
@@ -181,6 +265,10 @@ def _host_copy(cu_seqlens: Tensor, name: str) -> tuple[int, ...]:
     offsets = tuple(cu_seqlens.tolist())
     _host_copies[cu_seqlens] = (cu_seqlens._version, offsets)
     return offsets
+
+
+def _describe(value: object) -> str:
+    return f"{value.dtype} {tuple(value.shape)} on {value.device}" if isinstance(value, Tensor) else repr(value)
 
 
 def _shorten(values: Sequence[int]) -> str:

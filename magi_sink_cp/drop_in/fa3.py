@@ -1,0 +1,241 @@
+"""FlashAttention-3's public functions with ``sink`` and ``sink_layout`` right after the tensors.
+
+They run on FlashAttention-3, on a Hopper GPU; on CPU tensors they run on this package's cpu backend. Where FlashAttention-3 is
+missing they raise, unless :func:`magi_sink_cp.set_fallback` allows the next backend.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from magi_sink_cp.drop_in.common import check_packed, dense, varlen
+from magi_sink_cp.kernels.inputs import make_params
+from magi_sink_cp.kernels.protocol import FP8, NO_EXTRAS, Extras
+
+
+def fa3_func_with_sink(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    sink: Tensor | None = None,
+    sink_layout: str = "sh",
+    softmax_scale: float | None = None,
+    causal: bool = False,
+    qv: Tensor | None = None,
+    q_descale: Tensor | None = None,
+    k_descale: Tensor | None = None,
+    v_descale: Tensor | None = None,
+    window_size: Sequence[int] = (-1, -1),
+    attention_chunk: int = 0,
+    softcap: float = 0.0,
+    num_splits: int = 1,
+    pack_gqa: bool | None = None,
+    deterministic: bool = False,
+    sm_margin: int = 0,
+    return_attn_probs: bool = False,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """``flash_attn_func`` of FlashAttention-3 with learnable sinks; differentiable in q, k, v and sink.
+
+    For row i and head h, with scores S_ij over the visible keys and sink logits z: out_i = Σ_j exp(S_ij - lse_i) v_j with
+    lse_i = log(Σ_j exp S_ij + Σ_s exp z_s), natural log (the sinks of gpt-oss).
+
+    Args:
+        q: (b, sq, h, d), fp16 or bf16; fp8 e4m3 in a forward without gradients. On the CPU fp32 and fp64 too.
+        k: (b, sk, h_kv, d); h_kv divides h.
+        v: (b, sk, h_kv, d_v); the kernels decide which d_v other than d they have.
+        sink: logits, fp32 (bf16 and fp16 are computed in fp32), (s_sink, h) or per row (b, sq, s_sink, h). None: plain attention.
+        sink_layout: "sh" or "ssh", the two shapes of sink.
+        softmax_scale: factor on the scores, default d^-1/2, with qv (d + d_v)^-1/2.
+        causal: mask aligned to the bottom right: row i sees keys up to i + sk - sq.
+        qv: (b, sq, h, d_v), adds qv·v to the scores; forward only.
+        q_descale, k_descale, v_descale: fp32 (b, h_kv), factors on fp8 q, k and v; forward only.
+        window_size: (left, right) tokens seen around i + sk - sq; -1 is unlimited; causal makes right 0.
+        attention_chunk: row i sees keys of its own chunk of this many keys; 0 is off; forward only.
+        softcap: scores become softcap · tanh(scores / softcap); 0 is off.
+        num_splits, pack_gqa, sm_margin: the kernel's division of work, as in FlashAttention-3 (sm_margin in SMs).
+        deterministic: the backward gives the same bits in every run.
+        return_attn_probs: also return softmax_lse.
+
+    Returns:
+        out (b, sq, h, d_v) in the dtype of q (bf16 for fp8), or (out, softmax_lse) with softmax_lse fp32 (b, h, sq), the sink
+        included. A gradient that reaches softmax_lse is exact.
+
+    Raises:
+        TypeError, ValueError: before any kernel runs: an invalid argument, something the kernels cannot do, or no FlashAttention-3.
+    """
+    _check_fp8(q, q_descale, k_descale, v_descale)
+    head_dim = _scale_dim(q, v, qv)
+    params = make_params(
+        head_dim, softmax_scale, causal, window_size, softcap, deterministic,
+        attention_chunk=attention_chunk, num_splits=num_splits, pack_gqa=pack_gqa, sm_margin=sm_margin,
+    )  # fmt: skip
+    extras = _extras(q, k, v, qv, q_descale, k_descale, v_descale, None)
+    out, lse, _ = dense("fa3", (q, k, v), sink, sink_layout, params, extras=extras)
+    return (out, lse) if return_attn_probs else out
+
+
+def fa3_varlen_func_with_sink(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_seqlens_q: Tensor,
+    cu_seqlens_k: Tensor,
+    max_seqlen_q: int,
+    max_seqlen_k: int,
+    sink: Tensor | None = None,
+    sink_layout: str = "sh",
+    seqused_q: Tensor | None = None,
+    seqused_k: Tensor | None = None,
+    softmax_scale: float | None = None,
+    causal: bool = False,
+    qv: Tensor | None = None,
+    q_descale: Tensor | None = None,
+    k_descale: Tensor | None = None,
+    v_descale: Tensor | None = None,
+    window_size: Sequence[int] = (-1, -1),
+    attention_chunk: int = 0,
+    softcap: float = 0.0,
+    num_splits: int = 1,
+    pack_gqa: bool | None = None,
+    deterministic: bool = False,
+    sm_margin: int = 0,
+    return_attn_probs: bool = False,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """``flash_attn_varlen_func`` of FlashAttention-3 with learnable sinks: packed documents, which do not see each other.
+
+    Args:
+        q: (total_q, h, d); k: (total_k, h_kv, d); v: (total_k, h_kv, d_v).
+        cu_seqlens_q, cu_seqlens_k: int32 (documents + 1,) offsets, on the device of q. CUDA offsets are trusted, as FlashAttention
+            does: nothing here waits for the GPU.
+        max_seqlen_q, max_seqlen_k: longest document, at least. None reads it from the offsets (on a GPU this waits once a tensor).
+        sink: (s_sink, h), or with sink_layout="ssh" (total_q, s_sink, h).
+        seqused_q, seqused_k: int32 (documents,): only so many rows and keys of each document exist. Other rows are rows without
+            a visible key: out is 0 and lse is the sinks' alone.
+        qv: (total_q, h, d_v). q_descale, k_descale, v_descale: fp32 (documents, h_kv).
+
+    The others, the errors and out (total_q, h, d_v) are as in :func:`fa3_func_with_sink`; softmax_lse is fp32 (h, total_q).
+    """
+    _check_fp8(q, q_descale, k_descale, v_descale)
+    head_dim = _scale_dim(q, v, qv)
+    params = make_params(
+        head_dim, softmax_scale, causal, window_size, softcap, deterministic,
+        attention_chunk=attention_chunk, num_splits=num_splits, pack_gqa=pack_gqa, sm_margin=sm_margin,
+    )  # fmt: skip
+    extras = _extras(q, k, v, qv, q_descale, k_descale, v_descale, cu_seqlens_q)
+    out, lse, _ = varlen(
+        "fa3", (q, k, v), sink, sink_layout, params, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k,
+        seqused_q=seqused_q, seqused_k=seqused_k, extras=extras,
+    )  # fmt: skip
+    return (out, lse) if return_attn_probs else out
+
+
+def fa3_qkvpacked_func_with_sink(
+    qkv: Tensor,
+    sink: Tensor | None = None,
+    sink_layout: str = "sh",
+    softmax_scale: float | None = None,
+    causal: bool = False,
+    q_descale: Tensor | None = None,
+    k_descale: Tensor | None = None,
+    v_descale: Tensor | None = None,
+    window_size: Sequence[int] = (-1, -1),
+    attention_chunk: int = 0,
+    softcap: float = 0.0,
+    deterministic: bool = False,
+    num_heads_q: int | None = None,
+    sm_margin: int = 0,
+    return_attn_probs: bool = False,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """``flash_attn_qkvpacked_func`` of FlashAttention-3 with learnable sinks. The backward writes dqkv where it belongs.
+
+    Args:
+        qkv: (b, s, 3, h, d), or (b, s, num_heads_q + 2 h_kv, d) with num_heads_q given.
+        num_heads_q: query heads of a 4-dimensional qkv; None for a 5-dimensional one.
+        sink: (s_sink, h), or with sink_layout="ssh" (b, s, s_sink, h).
+
+    The others, the errors and the results are as in :func:`fa3_func_with_sink`.
+    """
+    if not isinstance(qkv, Tensor):
+        raise TypeError(f"qkv must be a torch.Tensor, got {type(qkv).__name__}")
+    if qkv.dim() == 4:
+        _check_num_heads_q(qkv, num_heads_q)
+    else:
+        check_packed("qkv", qkv, 5, "(batch, seqlen, 3, heads, head_dim), or (batch, seqlen, heads + 2 heads_kv, head_dim)", 3)
+        if num_heads_q is not None:
+            raise ValueError(f"num_heads_q is for a 4-dimensional qkv, got num_heads_q={num_heads_q} with qkv {tuple(qkv.shape)}")
+    _check_fp8(qkv, q_descale, k_descale, v_descale)
+    params = make_params(
+        qkv.shape[-1], softmax_scale, causal, window_size, softcap, deterministic,
+        attention_chunk=attention_chunk, sm_margin=sm_margin,
+    )  # fmt: skip
+    heads_kv = qkv.shape[-2] if num_heads_q is None else (qkv.shape[-2] - num_heads_q) // 2
+    extras = _make_extras((qkv.shape[0], heads_kv), qkv.device, None, q_descale, k_descale, v_descale)
+    out, lse, _ = dense("fa3", (qkv,), sink, sink_layout, params, num_heads_q=num_heads_q or 0, extras=extras)
+    return (out, lse) if return_attn_probs else out
+
+
+def _check_num_heads_q(qkv: Tensor, num_heads_q: int | None) -> None:
+    heads = qkv.shape[2]
+    valid = isinstance(num_heads_q, int) and not isinstance(num_heads_q, bool) and 0 < num_heads_q < heads
+    if not valid or (heads - num_heads_q) % 2 or num_heads_q % ((heads - num_heads_q) // 2):  # type: ignore[operator]
+        raise ValueError(
+            "num_heads_q must be the number of query heads h of a 4-dimensional qkv (batch, seqlen, h + 2 h_kv, head_dim), with "
+            f"h_kv dividing h; got num_heads_q={num_heads_q!r} for qkv {tuple(qkv.shape)}"
+        )
+
+
+def _check_fp8(x: Tensor, *descales: Tensor | None) -> None:
+    if isinstance(x, Tensor) and x.dtype != FP8 and any(descale is not None for descale in descales):
+        raise ValueError(f"q_descale, k_descale and v_descale belong to {FP8} inputs, and these are {x.dtype}")
+
+
+def _scale_dim(q: Tensor, v: Tensor, qv: Tensor | None) -> int:
+    """What the default softmax_scale is the inverse root of; 1 for inputs that are about to be refused."""
+    if not isinstance(q, Tensor) or not isinstance(v, Tensor) or q.dim() == 0 or v.dim() == 0:
+        return 1
+    return max(1, q.shape[-1] + (0 if qv is None else v.shape[-1]))
+
+
+def _extras(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    qv: Tensor | None,
+    q_descale: Tensor | None,
+    k_descale: Tensor | None,
+    v_descale: Tensor | None,
+    cu_seqlens_q: Tensor | None,
+) -> Extras:
+    if qv is None and q_descale is None and k_descale is None and v_descale is None:
+        return NO_EXTRAS
+    if qv is not None and (
+        not isinstance(qv, Tensor) or qv.dtype != q.dtype or qv.device != q.device or qv.shape != (*q.shape[:-1], v.shape[-1])
+    ):
+        given = f"{qv.dtype} {tuple(qv.shape)} on {qv.device}" if isinstance(qv, Tensor) else repr(qv)
+        raise ValueError(f"qv must be {q.dtype} {(*q.shape[:-1], v.shape[-1])} on {q.device}, got {given}")
+    documents = q.shape[0] if cu_seqlens_q is None else cu_seqlens_q.shape[0] - 1
+    return _make_extras((documents, k.shape[-2]), q.device, qv, q_descale, k_descale, v_descale)
+
+
+def _make_extras(
+    shape: tuple[int, int],
+    device: torch.device,
+    qv: Tensor | None,
+    q_descale: Tensor | None,
+    k_descale: Tensor | None,
+    v_descale: Tensor | None,
+) -> Extras:
+    if qv is None and q_descale is None and k_descale is None and v_descale is None:
+        return NO_EXTRAS
+    for name, x in (("q_descale", q_descale), ("k_descale", k_descale), ("v_descale", v_descale)):
+        if x is None:
+            continue
+        if not isinstance(x, Tensor) or x.dtype != torch.float32 or x.device != device or tuple(x.shape) != shape:
+            given = f"{x.dtype} {tuple(x.shape)} on {x.device}" if isinstance(x, Tensor) else repr(x)
+            raise ValueError(
+                f"{name} must be fp32 {shape} on {device}, one for each batch entry or document and key head, got {given}"
+            )
+    return Extras(qv=qv, q_descale=q_descale, k_descale=k_descale, v_descale=v_descale)

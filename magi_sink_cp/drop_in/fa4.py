@@ -1,0 +1,178 @@
+"""FlashAttention-4's public functions with ``sink`` and ``sink_layout`` right after the tensors (and lengths).
+
+They run on FlashAttention-4 (package flash-attn-4), on a Hopper or Blackwell GPU; on CPU tensors they run on this package's cpu
+backend. Where FlashAttention-4 is missing they raise, unless :func:`magi_sink_cp.set_fallback` allows the next backend. One sink a
+head, shared by the rows, runs in FlashAttention-4's own kernels; more sinks, or sinks per row, take this package's correction.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from magi_sink_cp.drop_in.common import dense, refuse, varlen
+from magi_sink_cp.kernels.inputs import make_params
+from magi_sink_cp.kernels.protocol import AttentionParams
+
+_Window = tuple[int | None, int | None]
+
+
+def fa4_func_with_sink(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    sink: Tensor | None = None,
+    sink_layout: str = "sh",
+    qv: Tensor | None = None,
+    gather_kv_indices: Tensor | None = None,
+    softmax_scale: float | None = None,
+    causal: bool = False,
+    window_size: _Window = (None, None),
+    learnable_sink: Tensor | None = None,
+    softcap: float = 0.0,
+    num_splits: int = 1,
+    pack_gqa: bool | None = None,
+    deterministic: bool = False,
+    score_mod: Any = None,
+    score_mod_bwd: Any = None,
+    mask_mod: Any = None,
+    aux_tensors: Any = None,
+    aux_scalars: Any = None,
+    block_sparse_tensors: Any = None,
+    block_sparse_tensors_bwd: Any = None,
+    return_lse: bool = False,
+    *,
+    return_attn_probs: bool = False,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """``flash_attn_func`` of FlashAttention-4 with learnable sinks; differentiable in q, k, v and the sinks.
+
+    For row i and head h, with scores S_ij over the visible keys and sink logits z: out_i = Σ_j exp(S_ij - lse_i) v_j with
+    lse_i = log(Σ_j exp S_ij + Σ_s exp z_s), natural log (the sinks of gpt-oss).
+
+    Args:
+        q: (b, sq, h, d), fp16 or bf16 (on the CPU fp32 and fp64 too). On Hopper d is 64, 96, 128, 192 or 256.
+        k, v: (b, sk, h_kv, d); h_kv divides h.
+        sink: logits, fp32 (bf16 and fp16 are computed in fp32), (s_sink, h) or per row (b, sq, s_sink, h). None: plain attention.
+        sink_layout: "sh" or "ssh", the two shapes of sink.
+        softmax_scale: factor on the scores, default d^-1/2.
+        causal: mask aligned to the bottom right: row i sees keys up to i + sk - sq.
+        window_size: (left, right) tokens seen around i + sk - sq; None (or -1) is unlimited; causal makes right 0.
+        learnable_sink: (h,), FlashAttention-4's own name for one sink a head: the same as sink=learnable_sink[None].
+        softcap: scores become softcap · tanh(scores / softcap); 0 is off.
+        num_splits, pack_gqa: the kernel's division of work, as in FlashAttention-4.
+        deterministic: the backward gives the same bits in every run.
+        qv, gather_kv_indices, score_mod, score_mod_bwd, mask_mod, aux_tensors, aux_scalars, block_sparse_tensors,
+            block_sparse_tensors_bwd: FlashAttention-4's other masks and scores, which must stay None here.
+        return_lse, return_attn_probs: either also returns lse.
+
+    Returns:
+        out like q, or (out, lse) with lse fp32 (b, h, sq), the sink included. A gradient that reaches lse is exact.
+
+    Raises:
+        NotImplementedError: an argument that must stay None.
+        TypeError, ValueError: before any kernel runs: an invalid argument, something the kernels cannot do, or no FlashAttention-4.
+    """
+    refuse(
+        qv=qv, gather_kv_indices=gather_kv_indices, score_mod=score_mod, score_mod_bwd=score_mod_bwd, mask_mod=mask_mod,
+        aux_tensors=aux_tensors, aux_scalars=aux_scalars, block_sparse_tensors=block_sparse_tensors,
+        block_sparse_tensors_bwd=block_sparse_tensors_bwd,
+    )  # fmt: skip
+    sink = _one_sink(sink, learnable_sink)
+    params = _params(q, softmax_scale, causal, window_size, softcap, num_splits, pack_gqa, deterministic)
+    out, lse, _ = dense("fa4", (q, k, v), sink, sink_layout, params)
+    return (out, lse) if return_lse or return_attn_probs else out
+
+
+def fa4_varlen_func_with_sink(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_seqlens_q: Tensor | None = None,
+    cu_seqlens_k: Tensor | None = None,
+    max_seqlen_q: int | None = None,
+    max_seqlen_k: int | None = None,
+    sink: Tensor | None = None,
+    sink_layout: str = "sh",
+    qv: Tensor | None = None,
+    min_seqlen_k: int | None = None,
+    seqused_q: Tensor | None = None,
+    seqused_k: Tensor | None = None,
+    gather_kv_indices: Tensor | None = None,
+    page_table: Tensor | None = None,
+    softmax_scale: float | None = None,
+    causal: bool = False,
+    window_size: _Window = (None, None),
+    learnable_sink: Tensor | None = None,
+    softcap: float = 0.0,
+    num_splits: int = 1,
+    pack_gqa: bool | None = None,
+    deterministic: bool = False,
+    score_mod: Any = None,
+    score_mod_bwd: Any = None,
+    mask_mod: Any = None,
+    block_sparse_tensors: Any = None,
+    aux_tensors: Any = None,
+    aux_scalars: Any = None,
+    return_lse: bool = False,
+    scheduler_metadata: Any = None,
+    seqlen_k_per_split: int | None = None,
+    disable_scheduler_metadata: bool = False,
+    *,
+    return_attn_probs: bool = False,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """``flash_attn_varlen_func`` of FlashAttention-4 with learnable sinks: packed documents, which do not see each other.
+
+    Args:
+        q: (total_q, h, d); k, v: (total_k, h_kv, d).
+        cu_seqlens_q, cu_seqlens_k: int32 (documents + 1,) offsets, on the device of q. CUDA offsets are trusted, as FlashAttention
+            does.
+        max_seqlen_q, max_seqlen_k: longest document, at least. None reads it from the offsets (on a GPU this waits once a tensor).
+        sink: (s_sink, h), or with sink_layout="ssh" (total_q, s_sink, h).
+        qv, min_seqlen_k, seqused_q, seqused_k, gather_kv_indices, page_table, score_mod, score_mod_bwd, mask_mod,
+            block_sparse_tensors, aux_tensors, aux_scalars, scheduler_metadata, seqlen_k_per_split: FlashAttention-4's, which must
+            stay None here, and disable_scheduler_metadata False.
+
+    The others, the errors and out (total_q, h, d) are as in :func:`fa4_func_with_sink`; lse is fp32 (h, total_q).
+    """
+    refuse(
+        qv=qv, min_seqlen_k=min_seqlen_k, seqused_q=seqused_q, seqused_k=seqused_k, gather_kv_indices=gather_kv_indices,
+        page_table=page_table, score_mod=score_mod, score_mod_bwd=score_mod_bwd, mask_mod=mask_mod,
+        block_sparse_tensors=block_sparse_tensors, aux_tensors=aux_tensors, aux_scalars=aux_scalars,
+        scheduler_metadata=scheduler_metadata, seqlen_k_per_split=seqlen_k_per_split,
+        disable_scheduler_metadata=disable_scheduler_metadata or None,
+    )  # fmt: skip
+    sink = _one_sink(sink, learnable_sink)
+    params = _params(q, softmax_scale, causal, window_size, softcap, num_splits, pack_gqa, deterministic)
+    out, lse, _ = varlen("fa4", (q, k, v), sink, sink_layout, params, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
+    return (out, lse) if return_lse or return_attn_probs else out
+
+
+def _one_sink(sink: Tensor | None, learnable_sink: Tensor | None) -> Tensor | None:
+    if learnable_sink is None:
+        return sink
+    if sink is not None:
+        raise ValueError("sink and learnable_sink are two names for the same logits; give one of them")
+    if not isinstance(learnable_sink, Tensor) or learnable_sink.dim() != 1:
+        given = tuple(learnable_sink.shape) if isinstance(learnable_sink, Tensor) else learnable_sink
+        raise ValueError(f"learnable_sink must be a tensor (heads,), got {given!r}; other shapes go into sink")
+    return learnable_sink.unsqueeze(0)
+
+
+def _params(
+    q: Tensor,
+    softmax_scale: float | None,
+    causal: bool,
+    window_size: _Window,
+    softcap: float,
+    num_splits: int,
+    pack_gqa: bool | None,
+    deterministic: bool,
+) -> AttentionParams:
+    head_dim = q.shape[-1] if isinstance(q, torch.Tensor) and q.dim() else 1
+    is_pair = isinstance(window_size, (tuple, list))
+    sizes: Any = tuple(-1 if size is None else size for size in window_size) if is_pair else window_size
+    return make_params(
+        max(1, head_dim), softmax_scale, causal, sizes, softcap, deterministic, num_splits=num_splits, pack_gqa=pack_gqa
+    )

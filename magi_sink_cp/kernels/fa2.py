@@ -1,0 +1,133 @@
+"""The ``fa2`` backend: the flash_attn package, 2.7 or 2.8. Beyond PyTorch's own copy it has softcap, ALiBi and paged keys."""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import importlib.util
+import inspect
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from magi_sink_cp.kernels.flash import FlashBackend, flash_2_lse, kernel_ready, mask_and_scores, new_gradients, normalise_empty_rows
+from magi_sink_cp.kernels.protocol import Call, Dropout, Gradients, Partial
+
+_MODULE = "flash_attn.flash_attn_interface"
+_VERSIONS = ("2.7", "2.8")
+_DENSE_ARGUMENTS = ("dropout_p", "softmax_scale", "causal", "window_size_left", "window_size_right", "softcap", "alibi_slopes")
+_VARLEN_ARGUMENTS = (*_DENSE_ARGUMENTS, "cu_seqlens_q", "cu_seqlens_k", "max_seqlen_q", "max_seqlen_k")
+
+
+class _NotUsableError(Exception):
+    """flash_attn is missing, broken, or of another version; the text says which."""
+
+
+@dataclass(frozen=True)
+class _Library:
+    """The functions of flash_attn.flash_attn_interface that launch kernels."""
+
+    version: str
+    forward: Any
+    varlen_forward: Any
+    backward: Any
+    varlen_backward: Any
+
+
+class Fa2Backend(FlashBackend):
+    """flash_attn's kernels. They report lse = +inf for rows without a key: -inf here."""
+
+    name = "fa2"
+    features = frozenset({"softcap", "deterministic", "dropout_p", "alibi_slopes", "block_table"})
+
+    def unavailable(self) -> str | None:
+        if not torch.cuda.is_available():
+            return "torch sees no CUDA GPU"
+        try:
+            _library()
+        except _NotUsableError as error:
+            return str(error)
+        return None
+
+    def describe(self) -> str:
+        return f"fa2 (flash_attn {_library().version})"
+
+    def _forward(self, q: Tensor, k: Tensor, v: Tensor, call: Call, out: Tensor | None, want_probs: bool) -> Partial:
+        library, arguments = _library(), _common(call) | {"return_softmax": want_probs}
+        q, k, v = (kernel_ready(x) for x in (q, k, v))
+        if call.varlen is None:
+            result, lse, attn_probs, rng_state = library.forward(q, k, v, **arguments)
+        else:
+            result, lse, attn_probs, rng_state = library.varlen_forward(q, k, v, **arguments, block_table=call.extras.block_table)
+        dropout = None
+        if call.params.dropout_p > 0:
+            dropout = Dropout(rng_state, q.new_empty(0) if attn_probs is None else attn_probs)
+        return Partial(result, normalise_empty_rows(lse), dropout=dropout)
+
+    def _kernel_backward(
+        self, dout: Tensor, q: Tensor, k: Tensor, v: Tensor, saved: Partial, call: Call, into: Gradients | None
+    ) -> Gradients:
+        library = _library()
+        dq, dk, dv = new_gradients(q, k, v) if into is None else (into.dq, into.dk, into.dv)
+        rng_state = None if saved.dropout is None else saved.dropout.rng_state
+        backward = library.backward if call.varlen is None else library.varlen_backward
+        backward(
+            dout, q, k, v, saved.out, flash_2_lse(saved.lse), dq=dq, dk=dk, dv=dv,
+            deterministic=call.params.deterministic, rng_state=rng_state, **_common(call),
+        )  # fmt: skip
+        return Gradients(dq, dk, dv, None)
+
+
+def is_installed() -> bool:
+    """Whether FlashAttention-2 is there, usable or not. FlashAttention-4 alone also answers to ``import flash_attn``."""
+    try:
+        return importlib.util.find_spec("flash_attn") is not None and importlib.util.find_spec(_MODULE) is not None
+    except ImportError:  # flash_attn/__init__.py is there and does not load
+        return True
+
+
+def _common(call: Call) -> dict[str, Any]:
+    arguments = mask_and_scores(call) | {
+        "dropout_p": call.params.dropout_p,
+        "causal": call.params.causal,
+        "alibi_slopes": call.extras.alibi_slopes,
+    }
+    if call.varlen is not None:
+        arguments |= {
+            "cu_seqlens_q": call.varlen.cu_seqlens_q,
+            "cu_seqlens_k": call.varlen.cu_seqlens_k,
+            "max_seqlen_q": call.varlen.max_seqlen_q,
+            "max_seqlen_k": call.varlen.max_seqlen_k,
+        }
+    return arguments
+
+
+@functools.cache
+def _library() -> _Library:
+    """Find and load the functions once a process, or raise _NotUsableError."""
+    if not is_installed():
+        raise _NotUsableError(
+            "flash_attn 2.7 or 2.8 is not installed (a flash_attn that holds FlashAttention-4 alone does not count); "
+            "`pip install flash-attn --no-build-isolation`"
+        )
+    try:
+        module = importlib.import_module(_MODULE)
+        version = importlib.import_module("flash_attn").__version__
+    except (ImportError, AttributeError) as error:
+        raise _NotUsableError(f"flash_attn is installed but does not load: {error}") from error
+    if not version.startswith(_VERSIONS):
+        raise _NotUsableError(f"flash_attn {' and '.join(_VERSIONS)} are supported, and {version} is installed")
+    names = ("_flash_attn_forward", "_flash_attn_varlen_forward", "_flash_attn_backward", "_flash_attn_varlen_backward")
+    functions = [_operator(module, name, _VARLEN_ARGUMENTS if "varlen" in name else _DENSE_ARGUMENTS) for name in names]
+    return _Library(version, *functions)
+
+
+def _operator(module: Any, name: str, needed: tuple[str, ...]) -> Any:
+    """A function of the package, checked to take the arguments that it will be given."""
+    function = getattr(module, name, None)
+    known = () if function is None else inspect.signature(getattr(function, "_init_fn", function)).parameters
+    if missing := [argument for argument in needed if argument not in known]:
+        raise _NotUsableError(f"{_MODULE}.{name} lacks {', '.join(missing)}: this flash_attn is not the interface of 2.7 and 2.8")
+    return function

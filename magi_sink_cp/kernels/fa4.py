@@ -1,0 +1,191 @@
+"""The ``fa4`` backend: FlashAttention-4 (package flash-attn-4, module flash_attn.cute) for Hopper and Blackwell.
+
+Its kernels know one sink a head, forward, backward and with a gradient of lse, at no measurable cost. They are compiled at first
+use, some seconds for each new combination of dtype, head_dim and mask.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import importlib.util
+import inspect
+from dataclasses import dataclass
+from importlib import metadata
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from magi_sink_cp.kernels.flash import FlashBackend, kernel_ready
+from magi_sink_cp.kernels.protocol import Call, Gradients, Partial
+
+INSTALL_HINT = "`pip install --pre flash-attn-4`"
+
+# Backward of 4.0.0b36 on an H200 gives wrong gradients at head_dim 8 and 72, so that only those which were checked are used.
+_HEAD_DIMS = {9: (64, 96, 128, 192, 256), 10: (64, 96, 128), 11: (64, 96, 128)}
+_COMMON_ARGUMENTS = (
+    "softmax_scale", "causal", "softcap", "window_size_left", "window_size_right", "learnable_sink", "cu_seqlens_q",
+    "cu_seqlens_k", "max_seqlen_q", "max_seqlen_k",
+)  # fmt: skip
+_FORWARD_ARGUMENTS = (*_COMMON_ARGUMENTS, "num_splits", "pack_gqa", "return_lse", "out")
+_BACKWARD_ARGUMENTS = (*_COMMON_ARGUMENTS, "deterministic", "dq", "dk", "dv", "dlse")
+
+
+class _NotUsableError(Exception):
+    """FlashAttention-4 is missing, broken, or of an interface this package does not know; the text says which."""
+
+
+@dataclass(frozen=True)
+class _Library:
+    version: str
+    forward: Any
+    backward: Any
+
+
+class Fa4Backend(FlashBackend):
+    """flash_attn.cute's forward and backward, which take a gradient of lse and one sink a head themselves."""
+
+    name = "fa4"
+    features = frozenset({"softcap", "deterministic", "num_splits", "pack_gqa"})
+
+    def unavailable(self) -> str | None:
+        if not torch.cuda.is_available():
+            return "torch sees no CUDA GPU"
+        major, minor = torch.cuda.get_device_capability()
+        if major not in _HEAD_DIMS:
+            return f"it needs a Hopper or Blackwell GPU (sm_90, sm_100 or sm_110), and this one is sm_{major}{minor}"
+        try:
+            _library()
+        except _NotUsableError as error:
+            return str(error)
+        return None
+
+    def unsupported(self, q: Tensor, call: Call, head_dim_v: int | None = None) -> str | None:
+        if reason := super().unsupported(q, call, head_dim_v):
+            return reason
+        known = _HEAD_DIMS[torch.cuda.get_device_capability(q.device)[0]]
+        return (
+            None if q.shape[-1] in known else f"it is used with a head_dim of {', '.join(map(str, known))}, and q has {q.shape[-1]}"
+        )
+
+    def describe(self) -> str:
+        return f"fa4 (flash-attn-4 {_library().version})"
+
+    def forward_with_sink(self, q: Tensor, k: Tensor, v: Tensor, sink: Tensor, call: Call) -> Partial:
+        """Like forward, with ``sink`` (1, H) in the denominator of every row."""
+        return self._run_forward(q, k, v, call, None, sink)
+
+    def backward_with_sink(
+        self,
+        dout: Tensor,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        sink: Tensor,
+        saved: Partial,
+        call: Call,
+        dlse: Tensor | None,
+        into: Gradients | None,
+    ) -> tuple[Gradients, Tensor]:
+        """Like backward, and dsink (1, H) in the dtype of sink."""
+        dq, dk, dv, dsink = self._run_backward(dout, q, k, v, saved, call, dlse, into, sink)
+        return Gradients(dq, dk, dv, None), dsink.unsqueeze(0)
+
+    def _forward(self, q: Tensor, k: Tensor, v: Tensor, call: Call, out: Tensor | None, want_probs: bool) -> Partial:
+        return self._run_forward(q, k, v, call, out, None)
+
+    def _backward(
+        self, dout: Tensor, q: Tensor, k: Tensor, v: Tensor, saved: Partial, call: Call, dlse: Tensor | None, into: Gradients | None
+    ) -> Gradients:
+        dq, dk, dv = self._run_backward(dout, q, k, v, saved, call, dlse, into, None)
+        return Gradients(dq, dk, dv, None)
+
+    def _kernel_backward(self, *_: Any) -> Gradients:
+        raise AssertionError("fa4 takes dlse itself, so that its _backward needs no second call")
+
+    @staticmethod
+    def _run_forward(q: Tensor, k: Tensor, v: Tensor, call: Call, out: Tensor | None, sink: Tensor | None) -> Partial:
+        params = call.params
+        q, k, v = (kernel_ready(x) for x in (q, k, v))
+        result, lse, *_ = _library().forward(
+            q, k, v, out=out, num_splits=params.num_splits, pack_gqa=params.pack_gqa, return_lse=True, **_common(call, sink)
+        )
+        return Partial(result, lse)
+
+    @staticmethod
+    def _run_backward(
+        dout: Tensor,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        saved: Partial,
+        call: Call,
+        dlse: Tensor | None,
+        into: Gradients | None,
+        sink: Tensor | None,
+    ) -> tuple[Tensor, ...]:
+        dout, q, k, v = (kernel_ready(x) for x in (dout, q, k, v))
+        dlse = None if dlse is None else dlse.contiguous()
+        buffers = {} if into is None else {"dq": into.dq, "dk": into.dk, "dv": into.dv}
+        return _library().backward(
+            q,
+            k,
+            v,
+            saved.out,
+            dout,
+            saved.lse,
+            dlse=dlse,
+            deterministic=call.params.deterministic,
+            **buffers,
+            **_common(call, sink),
+        )
+
+
+def _common(call: Call, sink: Tensor | None) -> dict[str, Any]:
+    params, varlen = call.params, call.varlen
+    left, right = (None if size < 0 else size for size in params.window_size)
+    arguments: dict[str, Any] = {
+        "softmax_scale": params.softmax_scale,
+        "causal": params.causal,
+        "softcap": params.softcap,
+        "window_size_left": left,
+        "window_size_right": right,
+        "learnable_sink": None if sink is None else sink[0],
+    }
+    if varlen is not None:
+        arguments |= {
+            "cu_seqlens_q": varlen.cu_seqlens_q,
+            "cu_seqlens_k": varlen.cu_seqlens_k,
+            "max_seqlen_q": varlen.max_seqlen_q,
+            "max_seqlen_k": varlen.max_seqlen_k,
+        }
+    return arguments
+
+
+@functools.cache
+def _library() -> _Library:
+    """Find and import the functions once a process, or raise _NotUsableError."""
+    try:
+        if importlib.util.find_spec("flash_attn") is None or importlib.util.find_spec("flash_attn.cute") is None:
+            raise _NotUsableError(f"flash_attn.cute is not installed; {INSTALL_HINT}")
+        module = importlib.import_module("flash_attn.cute.interface")
+    except ImportError as error:
+        raise _NotUsableError(f"flash_attn.cute is installed but does not load: {error}; {INSTALL_HINT}") from error
+    functions = []
+    for name, needed in (("_flash_attn_fwd", _FORWARD_ARGUMENTS), ("_flash_attn_bwd", _BACKWARD_ARGUMENTS)):
+        function = getattr(module, name, None)
+        known = () if function is None else inspect.signature(function).parameters
+        if missing := [argument for argument in needed if argument not in known]:
+            raise _NotUsableError(
+                f"flash_attn.cute.interface.{name} lacks {', '.join(missing)}; 4.0.0b36 is known to work; {INSTALL_HINT}"
+            )
+        functions.append(function)
+    return _Library(_version(), *functions)
+
+
+def _version() -> str:
+    try:
+        return metadata.version("flash-attn-4")
+    except metadata.PackageNotFoundError:
+        return "of unknown version"

@@ -1,0 +1,309 @@
+"""The two operators under every single-device function, and the autograd function around them.
+
+``magi_sink_cp::attention_forward`` and ``magi_sink_cp::attention_backward`` are registered with PyTorch with their fake (meta)
+implementations, so that torch.compile, torch.export, selective activation checkpointing and dispatch modes see one opaque operator
+each. Overload ``dropout`` is the same with the tag that keeps a recomputation from drawing other random numbers.
+
+Layouts of the inputs: ``[q, k, v]``; ``[q, kv]`` with kv (…, 2, H_kv, D); ``[qkv]`` with qkv (…, 3, H, D), or (…, H + 2 H_kv, D),
+whose number of query heads is then given. Gradients come back in the same layout, written where they belong.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from magi_sink_cp.kernels.dsink import sink_gradient
+from magi_sink_cp.kernels.inputs import make_varlen
+from magi_sink_cp.kernels.merge import merge
+from magi_sink_cp.kernels.protocol import (
+    NO_EXTRAS,
+    AttentionParams,
+    Call,
+    Dropout,
+    Extras,
+    Gradients,
+    Partial,
+    out_dtype,
+    stat_dtype,
+)
+from magi_sink_cp.kernels.registry import adding_sink, select_backend
+
+# Fields of AttentionParams that only a forward can have, and Extras likewise.
+FORWARD_ONLY = ("attention_chunk", "qv", "q_descale", "k_descale", "v_descale", "block_table")
+
+# The fields of AttentionParams, in their order.
+_PARAMS = (
+    "float softmax_scale, int[2] window_size, float softcap, bool deterministic, float dropout_p, int attention_chunk, "
+    "int num_splits, bool? pack_gqa, int sm_margin"
+)
+_LENGTHS = "Tensor? cu_seqlens_q, Tensor? cu_seqlens_k, Tensor? seqused_q, Tensor? seqused_k"
+_CALL = f"str backend, int num_heads_q, SymInt max_seqlen_q, SymInt max_seqlen_k, bool read_lengths, bool want_probs, {_PARAMS}"
+_FORWARD = f"(Tensor[] inputs, Tensor? sink, {_LENGTHS}, Tensor?[] extras, {_CALL}) -> (Tensor out, Tensor lse, Tensor[] dropout)"
+_BACKWARD = (
+    f"(Tensor? dout, Tensor? dlse, Tensor out, Tensor lse, Tensor[] dropout, bool needs_dsink, Tensor[] inputs, Tensor? sink, "
+    f"{_LENGTHS}, Tensor?[] extras, {_CALL}) -> Tensor[]"
+)
+_NO_MAXIMUM = -1
+
+
+class OpCall(NamedTuple):
+    """The arguments of the operators that are not tensors, in the order of their schema; max_seqlen -1 stands for None."""
+
+    backend: str
+    num_heads_q: int
+    max_seqlen_q: int
+    max_seqlen_k: int
+    read_lengths: bool
+    want_probs: bool
+    softmax_scale: float
+    window_size: tuple[int, int]
+    softcap: float
+    deterministic: bool
+    dropout_p: float
+    attention_chunk: int
+    num_splits: int
+    pack_gqa: bool | None
+    sm_margin: int
+
+
+def make_op_call(
+    params: AttentionParams,
+    backend: str,
+    *,
+    num_heads_q: int = 0,
+    max_seqlen_q: int | None = None,
+    max_seqlen_k: int | None = None,
+    read_lengths: bool = False,
+    want_probs: bool = False,
+) -> OpCall:
+    return OpCall(
+        backend,
+        num_heads_q,
+        _NO_MAXIMUM if max_seqlen_q is None else max_seqlen_q,
+        _NO_MAXIMUM if max_seqlen_k is None else max_seqlen_k,
+        read_lengths,
+        want_probs,
+        params.softmax_scale,
+        params.window_size,
+        params.softcap,
+        params.deterministic,
+        params.dropout_p,
+        params.attention_chunk,
+        params.num_splits,
+        params.pack_gqa,
+        params.sm_margin,
+    )
+
+
+def attention(
+    inputs: Sequence[Tensor],
+    sink: Tensor | None,
+    call: OpCall,
+    cu_seqlens_q: Tensor | None = None,
+    cu_seqlens_k: Tensor | None = None,
+    seqused_q: Tensor | None = None,
+    seqused_k: Tensor | None = None,
+    extras: Extras = NO_EXTRAS,
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """(out, lse, S_dmask or None) of checked arguments; differentiable in ``inputs`` and ``sink``."""
+    if cu_seqlens_k is cu_seqlens_q:
+        cu_seqlens_k = None  # the operators take it to be cu_seqlens_q
+    optional = (extras.qv, extras.q_descale, extras.k_descale, extras.v_descale, extras.alibi_slopes, extras.block_table)
+    first, second, third, *rest = _distinct(*(*inputs, None, None)[:3], seqused_q, seqused_k, *optional)
+    return _Attention.apply(first, second, third, sink, cu_seqlens_q, cu_seqlens_k, *rest, call)
+
+
+def _distinct(*tensors: Tensor | None) -> list[Tensor | None]:
+    """tensors, a repeated one as a view of itself: torch.compile takes no tensor twice."""
+    distinct: list[Tensor | None] = []
+    for x in tensors:
+        distinct.append(x.view_as(x) if x is not None and any(x is other for other in distinct) else x)
+    return distinct
+
+
+def split_inputs(inputs: Sequence[Tensor], num_heads_q: int) -> tuple[Tensor, Tensor, Tensor]:
+    """q, k and v as views of inputs in one of the layouts above."""
+    if len(inputs) == 3:
+        return inputs[0], inputs[1], inputs[2]
+    if len(inputs) == 2:
+        k, v = inputs[1].unbind(-3)
+        return inputs[0], k, v
+    (qkv,) = inputs
+    if num_heads_q == 0:
+        q, k, v = qkv.unbind(-3)
+    else:
+        heads_kv = (qkv.shape[-2] - num_heads_q) // 2
+        q, k, v = qkv.split([num_heads_q, heads_kv, heads_kv], dim=-2)
+    return q, k, v
+
+
+class _Attention(torch.autograd.Function):
+    """forward: partial of all keys → merge with the sink (in place). backward: the kernel's own, then dsink from its delta."""
+
+    @staticmethod
+    def forward(ctx: Any, *arguments: Any) -> tuple[Tensor, Tensor, Tensor | None]:
+        first, second, third, sink, cu_q, cu_k, used_q, used_k, *extras, call = arguments
+        inputs = [x for x in (first, second, third) if x is not None]
+        operator = _forward_op.dropout if call.dropout_p > 0 else _forward_op.default
+        out, lse, dropout = operator(inputs, sink, cu_q, cu_k, used_q, used_k, _or_nothing(extras), *call)
+        ctx.save_for_backward(*arguments[:-1], out, lse, *dropout)
+        ctx.call = call
+        ctx.set_materialize_grads(False)
+        if not dropout:
+            return out, lse, None
+        ctx.mark_non_differentiable(dropout[1])
+        return out, lse, dropout[1]
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dout: Tensor | None, dlse: Tensor | None, _: Tensor | None) -> tuple[Tensor | None, ...]:
+        first, second, third, sink, cu_q, cu_k, used_q, used_k, *rest = ctx.saved_tensors
+        extras, (out, lse, *dropout) = rest[:6], rest[6:]
+        inputs = [x for x in (first, second, third) if x is not None]
+        needs_dsink = ctx.needs_input_grad[3]
+        grads = _backward_op(
+            dout, dlse, out, lse, dropout, needs_dsink, inputs, sink, cu_q, cu_k, used_q, used_k, _or_nothing(extras), *ctx.call
+        )
+        dsink = grads[-1] if needs_dsink else None
+        missing = 3 - len(inputs)
+        return *grads[: len(inputs)], *(None,) * missing, dsink, *(None,) * 11
+
+
+def _or_nothing(extras: Sequence[Tensor | None]) -> list[Tensor | None]:
+    return list(extras) if any(x is not None for x in extras) else []
+
+
+def _resolve(
+    q: Tensor, k: Tensor, lengths: Sequence[Tensor | None], extras: Sequence[Tensor | None], arguments: tuple[Any, ...]
+) -> tuple[OpCall, Call]:
+    """The kernels' view of an operator's arguments."""
+    op_call = OpCall(*arguments)
+    left, right = op_call.window_size  # comes as a list
+    params = AttentionParams(op_call.softmax_scale, (left, right), *arguments[8:])
+    varlen = None
+    cu_seqlens_q, cu_seqlens_k, seqused_q, seqused_k = lengths
+    if cu_seqlens_q is not None:
+        if cu_seqlens_k is None:
+            cu_seqlens_k = cu_seqlens_q
+        max_q, max_k = (None if n == _NO_MAXIMUM else n for n in (op_call.max_seqlen_q, op_call.max_seqlen_k))
+        varlen = make_varlen(q, k, cu_seqlens_q, cu_seqlens_k, max_q, max_k, seqused_q, seqused_k, op_call.read_lengths)
+    return op_call, Call(params, varlen, Extras(*extras) if extras else NO_EXTRAS)
+
+
+def _forward(
+    inputs: list[Tensor],
+    sink: Tensor | None,
+    cu_seqlens_q: Tensor | None,
+    cu_seqlens_k: Tensor | None,
+    seqused_q: Tensor | None,
+    seqused_k: Tensor | None,
+    extras: list[Tensor | None],
+    *arguments: Any,
+) -> tuple[Tensor, Tensor, list[Tensor]]:
+    q, k, v = split_inputs(inputs, arguments[1])
+    op_call, call = _resolve(q, k, (cu_seqlens_q, cu_seqlens_k, seqused_q, seqused_k), extras, arguments)
+    backend = select_backend(op_call.backend, q, call, v.shape[-1], sink)
+    native = adding_sink(backend, sink)
+    if native is not None and sink is not None and q.numel() and k.numel():
+        partial = native.forward_with_sink(q, k, v, sink, call)
+        return partial.out, partial.lse, []
+    partial = backend.forward(q, k, v, call, want_probs=op_call.want_probs)
+    # FlashAttention-2 lays out like q, whatever its strides are; the operator promises a contiguous out.
+    target = None if partial.out.is_contiguous() else torch.empty_like(partial.out, memory_format=torch.contiguous_format)
+    out, lse = merge([partial], sink, out=target)
+    if call.params.dropout_p == 0:
+        return out, lse, []
+    dropout = partial.dropout or Dropout(q.new_empty(2, dtype=torch.uint64), q.new_empty(0))  # no kernel ran on empty inputs
+    return out, lse, [dropout.rng_state, dropout.attn_probs]
+
+
+def _backward(
+    dout: Tensor | None,
+    dlse: Tensor | None,
+    out: Tensor,
+    lse: Tensor,
+    dropout: list[Tensor],
+    needs_dsink: bool,
+    inputs: list[Tensor],
+    sink: Tensor | None,
+    cu_seqlens_q: Tensor | None,
+    cu_seqlens_k: Tensor | None,
+    seqused_q: Tensor | None,
+    seqused_k: Tensor | None,
+    extras: list[Tensor | None],
+    *arguments: Any,
+) -> list[Tensor]:
+    q, k, v = split_inputs(inputs, arguments[1])
+    op_call, call = _resolve(q, k, (cu_seqlens_q, cu_seqlens_k, seqused_q, seqused_k), extras, arguments)
+    backend = select_backend(op_call.backend, q, call, v.shape[-1], sink)
+    dout = torch.zeros_like(out) if dout is None else dout
+    dlse = None if dlse is None else dlse.masked_fill(torch.isneginf(lse), 0.0)  # log 0 depends on nothing
+    saved = Partial(out, lse, dropout=Dropout(*dropout) if dropout else None)
+    into = None
+    if len(inputs) < 3:
+        written = [torch.empty_like(x, memory_format=torch.contiguous_format) for x in inputs]
+        into = Gradients(*split_inputs(written, op_call.num_heads_q), None)
+    native, dsink = adding_sink(backend, sink), []
+    if native is not None and sink is not None and q.numel() and k.numel():
+        grads, native_dsink = native.backward_with_sink(dout, q, k, v, sink, saved, call, dlse, into)
+        dsink = [native_dsink] if needs_dsink else []
+    else:
+        grads = backend.backward(dout, q, k, v, saved, call, dlse, into)
+        if needs_dsink and sink is not None:
+            dsink = [sink_gradient(sink, lse, grads.delta, out, dout, dlse).to(sink.dtype)]
+    if into is None:
+        written = [x.contiguous() for x in (grads.dq, grads.dk, grads.dv)]
+    return [*written, *dsink]
+
+
+def _fake_forward(inputs: list[Tensor], sink: Tensor | None, *rest: Any) -> tuple[Tensor, Tensor, list[Tensor]]:
+    op_call = OpCall(*rest[5:])
+    q, k, v = split_inputs(inputs, op_call.num_heads_q)
+    *batch, rows, heads, _ = q.shape
+    out = q.new_empty((*batch, rows, heads, v.shape[-1]), dtype=out_dtype(q.dtype))
+    lse = q.new_empty((*batch, heads, rows), dtype=stat_dtype(q.dtype))
+    if op_call.dropout_p == 0:
+        return out, lse, []
+    probs_shape: tuple[Any, ...] = (0,)
+    if op_call.want_probs:
+        cu_seqlens_q = rest[0]
+        sizes = (rows, k.shape[-3]) if cu_seqlens_q is None else (op_call.max_seqlen_q, op_call.max_seqlen_k)
+        documents = batch[0] if cu_seqlens_q is None else cu_seqlens_q.shape[0] - 1
+        probs_shape = (documents, heads, *(-(-size // 128) * 128 for size in sizes))
+    return out, lse, [q.new_empty(2, dtype=torch.uint64), q.new_empty(probs_shape)]
+
+
+def _fake_backward(
+    dout: Tensor | None,
+    dlse: Tensor | None,
+    out: Tensor,
+    lse: Tensor,
+    dropout: list[Tensor],
+    needs_dsink: bool,
+    inputs: list[Tensor],
+    sink: Tensor | None,
+    *rest: Any,
+) -> list[Tensor]:
+    like = [*inputs, sink] if needs_dsink and sink is not None else inputs
+    return [torch.empty_like(x, memory_format=torch.contiguous_format) for x in like]
+
+
+_library = torch.library.Library("magi_sink_cp", "DEF")
+_library.define(f"attention_forward{_FORWARD}", tags=(torch.Tag.pt2_compliant_tag,))
+_library.define(f"attention_forward.dropout{_FORWARD}", tags=(torch.Tag.pt2_compliant_tag, torch.Tag.nondeterministic_seeded))
+_library.define(f"attention_backward{_BACKWARD}", tags=(torch.Tag.pt2_compliant_tag,))
+for _name, _implementation, _fake in (
+    ("attention_forward", _forward, _fake_forward),
+    ("attention_forward.dropout", _forward, _fake_forward),
+    ("attention_backward", _backward, _fake_backward),
+):
+    for _key in ("CPU", "CUDA"):
+        _library.impl(_name, _implementation, _key)
+    torch.library.register_fake(f"magi_sink_cp::{_name}", _fake, lib=_library)
+_forward_op = torch.ops.magi_sink_cp.attention_forward
+_backward_op = torch.ops.magi_sink_cp.attention_backward.default
