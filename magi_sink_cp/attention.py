@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from torch import Tensor
 
 from magi_sink_cp.kernels.inputs import check_lengths, check_qkv, check_sink, make_params
-from magi_sink_cp.ops import attention, make_op_call
+from magi_sink_cp.ops import Lengths, attention, make_op_call
 
 
 def attention_with_sink(
@@ -66,6 +66,8 @@ def attention_with_sink(
     check_sink(sink, sink_layout, q)
     check_lengths(q, k, cu_seqlens_q, cu_seqlens_k, max_seqlen_q=max_seqlen_q, max_seqlen_k=max_seqlen_k)
     params = make_params(q.shape[-1], softmax_scale, causal, window_size, softcap, deterministic)
-    call = make_op_call(params, backend, max_seqlen_q=max_seqlen_q, max_seqlen_k=max_seqlen_k, read_lengths=True)
-    out, lse, _ = attention((q, k, v), sink, call, cu_seqlens_q, cu_seqlens_k)
+    lengths = None
+    if cu_seqlens_q is not None and cu_seqlens_k is not None:
+        lengths = Lengths(cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
+    out, lse, _ = attention((q, k, v), sink, make_op_call(params, backend, read_lengths=True), lengths)
     return (out, lse) if return_lse else out

@@ -10,6 +10,7 @@ whose number of query heads is then given. Gradients come back in the same layou
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -23,6 +24,7 @@ from magi_sink_cp.kernels.merge import merge
 from magi_sink_cp.kernels.protocol import (
     NO_EXTRAS,
     AttentionParams,
+    Backend,
     Call,
     Dropout,
     Extras,
@@ -33,35 +35,34 @@ from magi_sink_cp.kernels.protocol import (
 )
 from magi_sink_cp.kernels.registry import adding_sink, select_backend
 
-# Fields of AttentionParams that only a forward can have, and Extras likewise.
+# What only a forward can have: names of AttentionParams and of Extras.
 FORWARD_ONLY = ("attention_chunk", "qv", "q_descale", "k_descale", "v_descale", "block_table")
 
 # The fields of AttentionParams, in their order.
 _PARAMS = (
-    "float softmax_scale, int[2] window_size, float softcap, bool deterministic, float dropout_p, int attention_chunk, "
-    "int num_splits, bool? pack_gqa, int sm_margin"
+    "float softmax_scale, int window_size_left, int window_size_right, float softcap, bool deterministic, float dropout_p, "
+    "int attention_chunk, int num_splits, bool? pack_gqa, int sm_margin"
 )
-_LENGTHS = "Tensor? cu_seqlens_q, Tensor? cu_seqlens_k, Tensor? seqused_q, Tensor? seqused_k"
-_CALL = f"str backend, int num_heads_q, SymInt max_seqlen_q, SymInt max_seqlen_k, bool read_lengths, bool want_probs, {_PARAMS}"
-_FORWARD = f"(Tensor[] inputs, Tensor? sink, {_LENGTHS}, Tensor?[] extras, {_CALL}) -> (Tensor out, Tensor lse, Tensor[] dropout)"
+# lengths: none, or cu_seqlens_q, cu_seqlens_k (None: the same), seqused_q, seqused_k. extras: none, or the fields of Extras.
+_TENSORS = "Tensor[] inputs, Tensor? sink, Tensor?[] lengths, Tensor?[] extras"
+_CALL = f"SymInt max_seqlen_q, SymInt max_seqlen_k, str backend, int num_heads_q, bool read_lengths, bool want_probs, {_PARAMS}"
+_FORWARD = f"({_TENSORS}, {_CALL}) -> (Tensor out, Tensor lse, Tensor[] dropout)"
 _BACKWARD = (
-    f"(Tensor? dout, Tensor? dlse, Tensor out, Tensor lse, Tensor[] dropout, bool needs_dsink, Tensor[] inputs, Tensor? sink, "
-    f"{_LENGTHS}, Tensor?[] extras, {_CALL}) -> Tensor[]"
+    f"(Tensor? dout, Tensor? dlse, Tensor out, Tensor lse, Tensor[] dropout, bool needs_dsink, {_TENSORS}, {_CALL}) -> Tensor[]"
 )
-_NO_MAXIMUM = -1
+_NO_MAXIMUM = -1  # stands for a max_seqlen of None
 
 
 class OpCall(NamedTuple):
-    """The arguments of the operators that are not tensors, in the order of their schema; max_seqlen -1 stands for None."""
+    """The arguments of the operators that are neither tensors nor lengths, in the order of their schema."""
 
     backend: str
     num_heads_q: int
-    max_seqlen_q: int
-    max_seqlen_k: int
     read_lengths: bool
     want_probs: bool
     softmax_scale: float
-    window_size: tuple[int, int]
+    window_size_left: int
+    window_size_right: int
     softcap: float
     deterministic: bool
     dropout_p: float
@@ -72,24 +73,18 @@ class OpCall(NamedTuple):
 
 
 def make_op_call(
-    params: AttentionParams,
-    backend: str,
-    *,
-    num_heads_q: int = 0,
-    max_seqlen_q: int | None = None,
-    max_seqlen_k: int | None = None,
-    read_lengths: bool = False,
-    want_probs: bool = False,
+    params: AttentionParams, backend: str, *, num_heads_q: int = 0, read_lengths: bool = False, want_probs: bool = False
 ) -> OpCall:
+    """``read_lengths``: check what cu_seqlens hold, on a GPU too. ``want_probs``: return S_dmask."""
+    left, right = params.window_size
     return OpCall(
         backend,
         num_heads_q,
-        _NO_MAXIMUM if max_seqlen_q is None else max_seqlen_q,
-        _NO_MAXIMUM if max_seqlen_k is None else max_seqlen_k,
         read_lengths,
         want_probs,
         params.softmax_scale,
-        params.window_size,
+        left,
+        right,
         params.softcap,
         params.deterministic,
         params.dropout_p,
@@ -100,27 +95,45 @@ def make_op_call(
     )
 
 
+@functools.lru_cache(maxsize=4096)
+def _params_of(call: OpCall) -> AttentionParams:
+    return AttentionParams(call.softmax_scale, (call.window_size_left, call.window_size_right), *call[7:])
+
+
+class Lengths(NamedTuple):
+    """Packed documents, as a user gives them."""
+
+    cu_seqlens_q: Tensor
+    cu_seqlens_k: Tensor
+    max_seqlen_q: int | None = None
+    max_seqlen_k: int | None = None
+    seqused_q: Tensor | None = None
+    seqused_k: Tensor | None = None
+
+
 def attention(
-    inputs: Sequence[Tensor],
-    sink: Tensor | None,
-    call: OpCall,
-    cu_seqlens_q: Tensor | None = None,
-    cu_seqlens_k: Tensor | None = None,
-    seqused_q: Tensor | None = None,
-    seqused_k: Tensor | None = None,
-    extras: Extras = NO_EXTRAS,
+    inputs: Sequence[Tensor], sink: Tensor | None, call: OpCall, lengths: Lengths | None = None, extras: Extras = NO_EXTRAS
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """(out, lse, S_dmask or None) of checked arguments; differentiable in ``inputs`` and ``sink``."""
-    if cu_seqlens_k is cu_seqlens_q:
-        cu_seqlens_k = None  # the operators take it to be cu_seqlens_q
-    optional = (extras.qv, extras.q_descale, extras.k_descale, extras.v_descale, extras.alibi_slopes, extras.block_table)
-    first, second, third, *rest = _distinct(*(*inputs, None, None)[:3], seqused_q, seqused_k, *optional)
-    return _Attention.apply(first, second, third, sink, cu_seqlens_q, cu_seqlens_k, *rest, call)
+    maxima = (_NO_MAXIMUM, _NO_MAXIMUM)
+    others: list[Tensor | None] = []
+    if lengths is not None:
+        maxima = tuple(_NO_MAXIMUM if n is None else n for n in (lengths.max_seqlen_q, lengths.max_seqlen_k))  # type: ignore[assignment]
+        same = lengths.cu_seqlens_k is lengths.cu_seqlens_q
+        others = [lengths.cu_seqlens_q, None if same else lengths.cu_seqlens_k, lengths.seqused_q, lengths.seqused_k]
+    if extras is not NO_EXTRAS:
+        others += [None] * (_NUM_LENGTHS - len(others)) + list(vars(extras).values())
+    if torch.compiler.is_compiling():
+        inputs, others = _distinct(inputs), _distinct(others)
+    return _Attention.apply((call, maxima, len(inputs), lengths is not None), *inputs, sink, *others)
 
 
-def _distinct(*tensors: Tensor | None) -> list[Tensor | None]:
+_NUM_LENGTHS = 4
+
+
+def _distinct(tensors: Sequence[Any]) -> list[Any]:
     """tensors, a repeated one as a view of itself: torch.compile takes no tensor twice."""
-    distinct: list[Tensor | None] = []
+    distinct: list[Any] = []
     for x in tensors:
         distinct.append(x.view_as(x) if x is not None and any(x is other for other in distinct) else x)
     return distinct
@@ -143,16 +156,20 @@ def split_inputs(inputs: Sequence[Tensor], num_heads_q: int) -> tuple[Tensor, Te
 
 
 class _Attention(torch.autograd.Function):
-    """forward: partial of all keys → merge with the sink (in place). backward: the kernel's own, then dsink from its delta."""
+    """forward: partial of all keys → merge with the sink (in place). backward: the kernel's own, then dsink from its delta.
+
+    ``tensors`` are the inputs, the sink, then nothing, or the four lengths, or these and the extras.
+    """
 
     @staticmethod
-    def forward(ctx: Any, *arguments: Any) -> tuple[Tensor, Tensor, Tensor | None]:
-        first, second, third, sink, cu_q, cu_k, used_q, used_k, *extras, call = arguments
-        inputs = [x for x in (first, second, third) if x is not None]
-        operator = _forward_op.dropout if call.dropout_p > 0 else _forward_op.default
-        out, lse, dropout = operator(inputs, sink, cu_q, cu_k, used_q, used_k, _or_nothing(extras), *call)
-        ctx.save_for_backward(*arguments[:-1], out, lse, *dropout)
-        ctx.call = call
+    def forward(
+        ctx: Any, call: tuple[OpCall, tuple[int, int], int, bool], *tensors: Tensor | None
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
+        op_call, maxima, *_ = call
+        operator = _forward_op.dropout if op_call.dropout_p > 0 else _forward_op.default
+        out, lse, dropout = operator(*_arguments(call, tensors), *maxima, *op_call)
+        ctx.save_for_backward(*tensors, out, lse, *dropout)
+        ctx.call, ctx.num_tensors = call, len(tensors)
         ctx.set_materialize_grads(False)
         if not dropout:
             return out, lse, None
@@ -162,52 +179,48 @@ class _Attention(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dout: Tensor | None, dlse: Tensor | None, _: Tensor | None) -> tuple[Tensor | None, ...]:
-        first, second, third, sink, cu_q, cu_k, used_q, used_k, *rest = ctx.saved_tensors
-        extras, (out, lse, *dropout) = rest[:6], rest[6:]
-        inputs = [x for x in (first, second, third) if x is not None]
-        needs_dsink = ctx.needs_input_grad[3]
-        grads = _backward_op(
-            dout, dlse, out, lse, dropout, needs_dsink, inputs, sink, cu_q, cu_k, used_q, used_k, _or_nothing(extras), *ctx.call
-        )
-        dsink = grads[-1] if needs_dsink else None
-        missing = 3 - len(inputs)
-        return *grads[: len(inputs)], *(None,) * missing, dsink, *(None,) * 11
+        op_call, maxima, num_inputs, _ = ctx.call
+        saved = ctx.saved_tensors  # to be read once: checkpointing gives them out once
+        tensors, (out, lse, *dropout) = saved[: ctx.num_tensors], saved[ctx.num_tensors :]
+        needs_dsink = ctx.needs_input_grad[1 + num_inputs]
+        arguments = _arguments(ctx.call, tensors)
+        grads = _backward_op(dout, dlse, out, lse, dropout, needs_dsink, *arguments, *maxima, *op_call)
+        return None, *grads, *(None,) * (ctx.num_tensors - len(grads))
 
 
-def _or_nothing(extras: Sequence[Tensor | None]) -> list[Tensor | None]:
-    return list(extras) if any(x is not None for x in extras) else []
+def _arguments(call: tuple[OpCall, tuple[int, int], int, bool], tensors: Sequence[Tensor | None]) -> tuple[Any, ...]:
+    """inputs, sink, lengths and extras as the operators take them."""
+    _, _, num_inputs, has_lengths = call
+    rest = tensors[num_inputs + 1 :]
+    lengths = list(rest[:_NUM_LENGTHS]) if has_lengths else []
+    return list(tensors[:num_inputs]), tensors[num_inputs], lengths, list(rest[_NUM_LENGTHS:])
 
 
 def _resolve(
-    q: Tensor, k: Tensor, lengths: Sequence[Tensor | None], extras: Sequence[Tensor | None], arguments: tuple[Any, ...]
-) -> tuple[OpCall, Call]:
-    """The kernels' view of an operator's arguments."""
-    op_call = OpCall(*arguments)
-    left, right = op_call.window_size  # comes as a list
-    params = AttentionParams(op_call.softmax_scale, (left, right), *arguments[8:])
+    inputs: Sequence[Tensor],
+    sink: Tensor | None,
+    lengths: Sequence[Tensor | None],
+    extras: Sequence[Tensor | None],
+    arguments: tuple[Any, ...],
+) -> tuple[tuple[Tensor, Tensor, Tensor], OpCall, Call, Backend]:
+    """q, k and v, and the kernels' view of an operator's arguments."""
+    op_call = OpCall(*arguments[2:])
+    q, k, v = split_inputs(inputs, op_call.num_heads_q)
     varlen = None
-    cu_seqlens_q, cu_seqlens_k, seqused_q, seqused_k = lengths
-    if cu_seqlens_q is not None:
-        if cu_seqlens_k is None:
-            cu_seqlens_k = cu_seqlens_q
-        max_q, max_k = (None if n == _NO_MAXIMUM else n for n in (op_call.max_seqlen_q, op_call.max_seqlen_k))
+    if lengths:
+        cu_seqlens_q, cu_seqlens_k, seqused_q, seqused_k = lengths
+        assert cu_seqlens_q is not None, "lengths start with cu_seqlens_q"
+        cu_seqlens_k = cu_seqlens_q if cu_seqlens_k is None else cu_seqlens_k
+        max_q, max_k = (None if n == _NO_MAXIMUM else n for n in arguments[:2])
         varlen = make_varlen(q, k, cu_seqlens_q, cu_seqlens_k, max_q, max_k, seqused_q, seqused_k, op_call.read_lengths)
-    return op_call, Call(params, varlen, Extras(*extras) if extras else NO_EXTRAS)
+    call = Call(_params_of(op_call), varlen, Extras(*extras) if extras else NO_EXTRAS)
+    return (q, k, v), op_call, call, select_backend(op_call.backend, q, call, v.shape[-1], sink)
 
 
 def _forward(
-    inputs: list[Tensor],
-    sink: Tensor | None,
-    cu_seqlens_q: Tensor | None,
-    cu_seqlens_k: Tensor | None,
-    seqused_q: Tensor | None,
-    seqused_k: Tensor | None,
-    extras: list[Tensor | None],
-    *arguments: Any,
+    inputs: list[Tensor], sink: Tensor | None, lengths: list[Tensor | None], extras: list[Tensor | None], *arguments: Any
 ) -> tuple[Tensor, Tensor, list[Tensor]]:
-    q, k, v = split_inputs(inputs, arguments[1])
-    op_call, call = _resolve(q, k, (cu_seqlens_q, cu_seqlens_k, seqused_q, seqused_k), extras, arguments)
-    backend = select_backend(op_call.backend, q, call, v.shape[-1], sink)
+    (q, k, v), op_call, call, backend = _resolve(inputs, sink, lengths, extras, arguments)
     native = adding_sink(backend, sink)
     if native is not None and sink is not None and q.numel() and k.numel():
         partial = native.forward_with_sink(q, k, v, sink, call)
@@ -231,16 +244,11 @@ def _backward(
     needs_dsink: bool,
     inputs: list[Tensor],
     sink: Tensor | None,
-    cu_seqlens_q: Tensor | None,
-    cu_seqlens_k: Tensor | None,
-    seqused_q: Tensor | None,
-    seqused_k: Tensor | None,
+    lengths: list[Tensor | None],
     extras: list[Tensor | None],
     *arguments: Any,
 ) -> list[Tensor]:
-    q, k, v = split_inputs(inputs, arguments[1])
-    op_call, call = _resolve(q, k, (cu_seqlens_q, cu_seqlens_k, seqused_q, seqused_k), extras, arguments)
-    backend = select_backend(op_call.backend, q, call, v.shape[-1], sink)
+    (q, k, v), op_call, call, backend = _resolve(inputs, sink, lengths, extras, arguments)
     dout = torch.zeros_like(out) if dout is None else dout
     dlse = None if dlse is None else dlse.masked_fill(torch.isneginf(lse), 0.0)  # log 0 depends on nothing
     saved = Partial(out, lse, dropout=Dropout(*dropout) if dropout else None)
@@ -255,14 +263,16 @@ def _backward(
     else:
         grads = backend.backward(dout, q, k, v, saved, call, dlse, into)
         if needs_dsink and sink is not None:
-            dsink = [sink_gradient(sink, lse, grads.delta, out, dout, dlse).to(sink.dtype)]
+            dsink = [sink_gradient(sink, lse, grads.delta, out, dout, dlse).to(sink.dtype).contiguous()]
     if into is None:
         written = [x.contiguous() for x in (grads.dq, grads.dk, grads.dv)]
     return [*written, *dsink]
 
 
-def _fake_forward(inputs: list[Tensor], sink: Tensor | None, *rest: Any) -> tuple[Tensor, Tensor, list[Tensor]]:
-    op_call = OpCall(*rest[5:])
+def _fake_forward(
+    inputs: list[Tensor], sink: Tensor | None, lengths: list[Tensor | None], extras: list[Tensor | None], *arguments: Any
+) -> tuple[Tensor, Tensor, list[Tensor]]:
+    op_call = OpCall(*arguments[2:])
     q, k, v = split_inputs(inputs, op_call.num_heads_q)
     *batch, rows, heads, _ = q.shape
     out = q.new_empty((*batch, rows, heads, v.shape[-1]), dtype=out_dtype(q.dtype))
@@ -271,9 +281,8 @@ def _fake_forward(inputs: list[Tensor], sink: Tensor | None, *rest: Any) -> tupl
         return out, lse, []
     probs_shape: tuple[Any, ...] = (0,)
     if op_call.want_probs:
-        cu_seqlens_q = rest[0]
-        sizes = (rows, k.shape[-3]) if cu_seqlens_q is None else (op_call.max_seqlen_q, op_call.max_seqlen_k)
-        documents = batch[0] if cu_seqlens_q is None else cu_seqlens_q.shape[0] - 1
+        sizes = arguments[:2] if lengths else (rows, k.shape[-3])
+        documents = lengths[0].shape[0] - 1 if lengths and lengths[0] is not None else batch[0]
         probs_shape = (documents, heads, *(-(-size // 128) * 128 for size in sizes))
     return out, lse, [q.new_empty(2, dtype=torch.uint64), q.new_empty(probs_shape)]
 

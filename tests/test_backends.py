@@ -53,12 +53,14 @@ class _Picky(Backend):
 def test_auto_passes_over_what_cannot_run_the_call_and_logs_one_line(monkeypatch, caplog):
     monkeypatch.setattr(registry, "_BACKENDS", (_Picky(), registry.CpuBackend()))
     monkeypatch.setattr(registry, "_logged", set())
+    monkeypatch.setattr(registry, "_selected", {})
     q = torch.randn(1, 4, 2, 8)
     with caplog.at_level(logging.INFO, logger="magi_sink_cp"):
         for _ in range(3):
             attention_with_sink(q, q, q)
     assert [record.message for record in caplog.records] == ["attention runs on cpu (picky: it runs nothing)"]
     monkeypatch.setattr(registry, "_BACKENDS", (_Picky(),))
+    monkeypatch.setattr(registry, "_selected", {})
     with pytest.raises(ValueError, match="no backend can run this call: picky: it runs nothing"):
         attention_with_sink(q, q, q)
     with pytest.raises(ValueError, match="backend='picky' cannot run this call: it runs nothing"):

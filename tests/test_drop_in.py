@@ -397,6 +397,11 @@ def test_wrong_num_heads_q(num_heads_q):
 # --- Which kernels ---------------------------------------------------------------------------------------------------------------
 
 
+@pytest.fixture(autouse=True)
+def nothing_selected_yet(monkeypatch):
+    monkeypatch.setattr(registry, "_selected", {})
+
+
 class _OnCuda:
     """Stands in for a CUDA tensor on a machine without one."""
 
@@ -427,6 +432,7 @@ def test_fa2_runs_on_the_package_or_on_aten_and_never_falls_through_a_broken_one
     monkeypatch.setattr(registry.fa2, "is_installed", lambda: False)
     assert registry.select_backend("drop-in fa2", _OnCuda(), call).name == "aten"
     monkeypatch.setattr(registry.fa2, "is_installed", lambda: True)
+    registry._selected.clear()
     with pytest.raises(ValueError, match="no kernel of the fa2 functions can run this call: fa2: it does not load"):
         registry.select_backend("drop-in fa2", _OnCuda(), call)
 

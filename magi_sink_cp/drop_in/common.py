@@ -10,7 +10,7 @@ from torch import Tensor
 from magi_sink_cp.kernels.inputs import check_lengths, check_qkv, check_sink
 from magi_sink_cp.kernels.protocol import FP8, NO_EXTRAS, AttentionParams, Extras
 from magi_sink_cp.kernels.registry import DROP_IN
-from magi_sink_cp.ops import FORWARD_ONLY, attention, make_op_call, split_inputs
+from magi_sink_cp.ops import FORWARD_ONLY, Lengths, attention, make_op_call, split_inputs
 
 _DENSE = "(batch, seqlen, heads, head_dim)"
 _PACKED = "(total, heads, head_dim)"
@@ -33,7 +33,7 @@ def dense(
     check_sink(sink, sink_layout, q)
     _check_forward_only(inputs, sink, params, extras)
     call = make_op_call(params, DROP_IN + family, num_heads_q=num_heads_q, want_probs=want_probs)
-    return attention(inputs, sink, call, extras=extras)
+    return attention(inputs, sink, call, None, extras)
 
 
 def varlen(
@@ -42,30 +42,21 @@ def varlen(
     sink: Tensor | None,
     sink_layout: str,
     params: AttentionParams,
-    cu_seqlens_q: Tensor | None,
-    cu_seqlens_k: Tensor | None,
-    max_seqlen_q: int | None,
-    max_seqlen_k: int | None,
+    lengths: Lengths,
     *,
-    seqused_q: Tensor | None = None,
-    seqused_k: Tensor | None = None,
     extras: Extras = NO_EXTRAS,
     want_probs: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """(out, lse, S_dmask or None) of inputs (total, …) with packed documents."""
-    for name, cu_seqlens in (("cu_seqlens_q", cu_seqlens_q), ("cu_seqlens_k", cu_seqlens_k)):
+    for name, cu_seqlens in (("cu_seqlens_q", lengths.cu_seqlens_q), ("cu_seqlens_k", lengths.cu_seqlens_k)):
         if cu_seqlens is None:
             raise TypeError(f"{name} must be a torch.Tensor of the offsets of packed documents, got None")
     q, k, v = _views(inputs, 0)
     check_qkv(q, k, v, 3, _PACKED, fp8_allowed=family == "fa3", paged=extras.block_table is not None)
     check_sink(sink, sink_layout, q)
-    check_lengths(
-        q, k, cu_seqlens_q, cu_seqlens_k,
-        max_seqlen_q=max_seqlen_q, max_seqlen_k=max_seqlen_k, seqused_q=seqused_q, seqused_k=seqused_k,
-    )  # fmt: skip
+    check_lengths(q, k, **lengths._asdict())
     _check_forward_only(inputs, sink, params, extras)
-    call = make_op_call(params, DROP_IN + family, max_seqlen_q=max_seqlen_q, max_seqlen_k=max_seqlen_k, want_probs=want_probs)
-    return attention(inputs, sink, call, cu_seqlens_q, cu_seqlens_k, seqused_q, seqused_k, extras)
+    return attention(inputs, sink, make_op_call(params, DROP_IN + family, want_probs=want_probs), lengths, extras)
 
 
 def check_packed(name: str, x: Tensor, num_dims: int, shape_text: str, slices: int) -> None:

@@ -16,6 +16,7 @@ from torch.nn.functional import pad
 from magi_sink_cp.drop_in.common import check_packed, dense, varlen
 from magi_sink_cp.kernels.inputs import make_params
 from magi_sink_cp.kernels.protocol import NO_EXTRAS, AttentionParams, Extras
+from magi_sink_cp.ops import Lengths
 
 _Result = Tensor | tuple[Tensor, Tensor, Tensor]
 
@@ -103,7 +104,7 @@ def fa2_varlen_func_with_sink(
     """
     params = _params(q, dropout_p, softmax_scale, causal, window_size, softcap, deterministic, return_attn_probs)
     extras = _extras(q, alibi_slopes, block_table, cu_seqlens_q)
-    lengths = (cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
+    lengths = Lengths(cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
     return _run_varlen((q, k, v), lengths, sink, sink_layout, params, extras, return_attn_probs)
 
 
@@ -179,7 +180,7 @@ def fa2_varlen_qkvpacked_func_with_sink(
     check_packed("qkv", qkv, 4, "(total, 3, heads, head_dim)", 3)
     params = _params(qkv, dropout_p, softmax_scale, causal, window_size, softcap, deterministic, return_attn_probs)
     extras = _extras(qkv, alibi_slopes, None, cu_seqlens)
-    lengths = (cu_seqlens, cu_seqlens, max_seqlen, max_seqlen)
+    lengths = Lengths(cu_seqlens, cu_seqlens, max_seqlen, max_seqlen)
     return _run_varlen((qkv,), lengths, sink, sink_layout, params, extras, return_attn_probs)
 
 
@@ -209,7 +210,7 @@ def fa2_varlen_kvpacked_func_with_sink(
     check_packed("kv", kv, 4, "(total, 2, heads_kv, head_dim)", 2)
     params = _params(q, dropout_p, softmax_scale, causal, window_size, softcap, deterministic, return_attn_probs)
     extras = _extras(q, alibi_slopes, None, cu_seqlens_q)
-    lengths = (cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
+    lengths = Lengths(cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
     return _run_varlen((q, kv), lengths, sink, sink_layout, params, extras, return_attn_probs)
 
 
@@ -261,7 +262,7 @@ def _run_dense(
 
 def _run_varlen(
     inputs: Sequence[Tensor],
-    lengths: tuple[Tensor, Tensor, int, int],
+    lengths: Lengths,
     sink: Tensor | None,
     sink_layout: str,
     params: AttentionParams,
@@ -269,7 +270,7 @@ def _run_varlen(
     want_probs: bool,
 ) -> _Result:
     padded, head_dim = _padded(inputs)
-    out, lse, probs = varlen("fa2", padded, sink, sink_layout, params, *lengths, extras=extras, want_probs=want_probs)
+    out, lse, probs = varlen("fa2", padded, sink, sink_layout, params, lengths, extras=extras, want_probs=want_probs)
     return _result(out, lse, probs, head_dim, want_probs)
 
 

@@ -14,6 +14,7 @@ from torch import Tensor
 from magi_sink_cp.drop_in.common import check_packed, dense, varlen
 from magi_sink_cp.kernels.inputs import make_params
 from magi_sink_cp.kernels.protocol import FP8, NO_EXTRAS, Extras
+from magi_sink_cp.ops import Lengths
 
 
 def fa3_func_with_sink(
@@ -125,10 +126,8 @@ def fa3_varlen_func_with_sink(
         attention_chunk=attention_chunk, num_splits=num_splits, pack_gqa=pack_gqa, sm_margin=sm_margin,
     )  # fmt: skip
     extras = _extras(q, k, v, qv, q_descale, k_descale, v_descale, cu_seqlens_q)
-    out, lse, _ = varlen(
-        "fa3", (q, k, v), sink, sink_layout, params, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k,
-        seqused_q=seqused_q, seqused_k=seqused_k, extras=extras,
-    )  # fmt: skip
+    lengths = Lengths(cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, seqused_q, seqused_k)
+    out, lse, _ = varlen("fa3", (q, k, v), sink, sink_layout, params, lengths, extras=extras)
     return (out, lse) if return_attn_probs else out
 
 

@@ -15,6 +15,7 @@ from torch import Tensor
 from magi_sink_cp.drop_in.common import dense, refuse, varlen
 from magi_sink_cp.kernels.inputs import make_params
 from magi_sink_cp.kernels.protocol import AttentionParams
+from magi_sink_cp.ops import Lengths
 
 _Window = tuple[int | None, int | None]
 
@@ -145,7 +146,8 @@ def fa4_varlen_func_with_sink(
     )  # fmt: skip
     sink = _one_sink(sink, learnable_sink)
     params = _params(q, softmax_scale, causal, window_size, softcap, num_splits, pack_gqa, deterministic)
-    out, lse, _ = varlen("fa4", (q, k, v), sink, sink_layout, params, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
+    lengths = Lengths(cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)  # type: ignore[arg-type]
+    out, lse, _ = varlen("fa4", (q, k, v), sink, sink_layout, params, lengths)
     return (out, lse) if return_lse or return_attn_probs else out
 
 

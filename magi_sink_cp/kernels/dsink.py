@@ -14,7 +14,7 @@ from torch import Tensor
 
 from magi_sink_cp.kernels.merge import lse_strides, out_strides, sink_strides
 from magi_sink_cp.kernels.protocol import RowDelta, unit_stride
-from magi_sink_cp.kernels.triton_support import tl, triton
+from magi_sink_cp.kernels.triton_support import next_power_of_2, on_device_of, tl, triton
 
 
 def sink_gradient(
@@ -37,7 +37,7 @@ def sink_gradient(
         return torch.zeros_like(sink, dtype=lse.dtype if sink.dim() == 2 else sink.dtype)
     if delta is None and (out is None or dout is None):
         raise ValueError("sink_gradient needs delta, or out and dout to compute it from")
-    with torch.cuda.device_of(lse):  # Triton launches on the current device
+    with on_device_of(lse):
         return (sink_gradient_triton if lse.is_cuda else sink_gradient_torch)(sink, lse, delta, out, dout, dlse)
 
 
@@ -91,14 +91,14 @@ def sink_gradient_triton(
     # Gradients come as autograd leaves them, for example expanded from one number; the kernel reads dense rows.
     dout, dlse = (None if x is None else unit_stride(x) for x in (dout, dlse))
     head_dim = 1 if out is None else out.shape[-1]
-    block_dim = triton.next_power_of_2(head_dim)
+    block_dim = next_power_of_2(head_dim)
     # With delta at hand a row is two fp32 numbers, and up to 8k rows fit in one block: nothing is left to add up, which saves a
     # launch. Without, a row is two times head_dim elements.
     if delta is None:
         block_rows, num_warps = max(1, min(64, 4096 // block_dim)), 4
     else:
         block_rows, num_warps = (8192, 16) if shared and all_rows > 1024 else (1024, 4)
-    blocks = triton.cdiv(all_rows, block_rows)
+    blocks = -(-all_rows // block_rows)
     if shared:
         dsink = torch.empty(blocks, *sink.shape, dtype=torch.float32, device=sink.device)
         dsink_strides = (0, dsink.stride(0), dsink.stride(1), dsink.stride(2))

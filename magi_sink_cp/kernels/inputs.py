@@ -95,7 +95,46 @@ def make_params(
     pack_gqa: bool | None = None,
     sm_margin: int = 0,
 ) -> AttentionParams:
-    """The checked :class:`AttentionParams`; ``causal`` becomes a right window of 0, and the scale defaults to head_dim^-1/2."""
+    """The checked :class:`AttentionParams`; ``causal`` becomes a right window of 0, and the scale defaults to head_dim^-1/2.
+
+    The same arguments are checked once: the checks cost more than launching a small kernel.
+    """
+    arguments = (
+        head_dim, softmax_scale, causal, softcap, deterministic, dropout_p, attention_chunk, num_splits, pack_gqa, sm_margin,
+    )  # fmt: skip
+    if torch.compiler.is_compiling() or type(window_size) is not tuple or len(window_size) != 2:
+        return _check_params(window_size, *arguments)
+    key = (window_size, *arguments)
+    kinds = (*map(type, window_size), *map(type, arguments))  # True and 1.0 are equal to 1
+    try:
+        checked = _checked_params.get((key, kinds))
+    except TypeError:  # something that cannot be hashed is no number either
+        return _check_params(window_size, *arguments)
+    if checked is None:
+        checked = _check_params(window_size, *arguments)
+        if len(_checked_params) >= _MOST_CHECKED_PARAMS:
+            _checked_params.clear()
+        _checked_params[key, kinds] = checked
+    return checked
+
+
+_checked_params: dict[tuple[object, ...], AttentionParams] = {}
+_MOST_CHECKED_PARAMS = 4096
+
+
+def _check_params(
+    window_size: Sequence[int],
+    head_dim: int,
+    softmax_scale: float | None,
+    causal: bool,
+    softcap: float,
+    deterministic: bool,
+    dropout_p: float,
+    attention_chunk: int,
+    num_splits: int,
+    pack_gqa: bool | None,
+    sm_margin: int,
+) -> AttentionParams:
     for name, flag in (("causal", causal), ("deterministic", deterministic)):
         if not isinstance(flag, bool):
             raise TypeError(f"{name} must be a bool, got {flag!r}")

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from magi_sink_cp.kernels.protocol import Partial, stat_dtype
-from magi_sink_cp.kernels.triton_support import tl, triton
+from magi_sink_cp.kernels.triton_support import next_power_of_2, on_device_of, tl, triton
 
 # The largest number of partials one launch takes; a schedule with more folds them into an fp32 partial as it goes.
 MAX_PARTIALS = 4
@@ -50,7 +50,7 @@ def merge(
         in_place = covers_all and out_dtype == first.out.dtype
         out = first.out if in_place else first.out.new_empty(*first.out.shape[:-3], rows, *first.out.shape[-2:], dtype=out_dtype)
     if out.numel() or lse.numel():
-        with torch.cuda.device_of(out):  # Triton launches on the current device
+        with on_device_of(out):
             (merge_triton if out.is_cuda else merge_torch)(partials, sink, out, lse)
     return out, lse
 
@@ -81,10 +81,10 @@ def merge_triton(partials: Sequence[Partial], sink: Tensor | None, out: Tensor, 
     """Launch the Triton kernel: a program is a block of rows of one head; out may alias the first partial's rows."""
     batch = out.shape[0] if out.dim() == 4 else 1
     rows, heads, head_dim = out.shape[-3:]
-    block_dim = triton.next_power_of_2(head_dim)
+    block_dim = next_power_of_2(head_dim)
     # 4096 fp32 accumulators a program (32 a thread) come close to a read+write pass over out: docs/benchmarks.md.
     block_rows = max(1, min(64, 4096 // block_dim))
-    grid = (heads * triton.cdiv(rows, block_rows) * batch,)
+    grid = (heads * -(-rows // block_rows) * batch,)
     _merge_kernel[grid](
         tuple(p.out for p in partials),
         tuple(p.lse for p in partials),

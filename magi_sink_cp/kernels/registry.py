@@ -15,7 +15,7 @@ from magi_sink_cp.kernels.cpu import CpuBackend
 from magi_sink_cp.kernels.fa2 import Fa2Backend
 from magi_sink_cp.kernels.fa3 import Fa3Backend
 from magi_sink_cp.kernels.fa4 import Fa4Backend
-from magi_sink_cp.kernels.protocol import Backend, Call
+from magi_sink_cp.kernels.protocol import NO_EXTRAS, Backend, Call
 
 logger = logging.getLogger("magi_sink_cp")
 
@@ -23,6 +23,9 @@ logger = logging.getLogger("magi_sink_cp")
 _BACKENDS: tuple[Backend, ...] = (Fa3Backend(), Fa4Backend(), Fa2Backend(), AtenBackend(), CpuBackend())
 _logged: set[str] = set()
 _fallback = False
+# The choice for each kind of call that was seen, as asking every backend costs more than launching a small kernel.
+_selected: dict[tuple[object, ...], Backend] = {}
+_MOST_SELECTED = 4096
 
 _INSTALL_HINTS = {
     "fa3": fa3.INSTALL_HINT,
@@ -66,6 +69,21 @@ def select_backend(name: str, q: Tensor, call: Call, head_dim_v: int | None = No
     Raises:
         ValueError: an unknown name, a named backend that cannot run the call, or no backend that can; the text says why.
     """
+    varlen = call.varlen
+    used = (False, False) if varlen is None else (varlen.seqused_q is not None, varlen.seqused_k is not None)
+    extras = () if call.extras is NO_EXTRAS else tuple(x is not None for x in vars(call.extras).values())
+    one_sink = sink is not None and sink.dim() == 2 and sink.shape[0] == 1
+    key = (name, q.device, q.dtype, q.shape[-1], head_dim_v, call.params, used, extras, one_sink, _fallback)
+    backend = _selected.get(key)
+    if backend is None:
+        backend = _select(name, q, call, head_dim_v, sink)
+        if len(_selected) >= _MOST_SELECTED:
+            _selected.clear()
+        _selected[key] = backend
+    return backend
+
+
+def _select(name: str, q: Tensor, call: Call, head_dim_v: int | None, sink: Tensor | None) -> Backend:
     if name == "auto":
         return _first(_candidates(sink), q, call, head_dim_v, "no backend can run this call")
     if name.startswith(DROP_IN):
