@@ -1,10 +1,13 @@
 """Benchmarks on GPUs, written as CSV.
 
     python scripts/bench.py kernel --out docs/benchmarks
+    python scripts/bench.py functions --out docs/benchmarks
     python scripts/bench.py dist --out docs/benchmarks       # starts one rank a GPU; or under torchrun
 
-``kernel``: attention_with_sink beside plain FlashAttention-3 and one read+write pass over out. ``dist``: cp_attention_with_sink
-beside one GPU's FlashAttention-3 without a sink on the whole sequence, divided by the number of ranks.
+``kernel``: attention_with_sink beside plain FlashAttention-3 and one read+write pass over out. ``functions``: forward+backward of
+the drop-in functions beside the same kernels without a sink; their host time, peak memory, first call, and where the time goes.
+``dist``: cp_attention_with_sink beside one GPU's FlashAttention-3 without a sink on the whole sequence, divided by the number of
+ranks.
 
 What is compared runs in turns in one process, in both orders, after warm-up; a row holds the median and the 20% and 80% quantiles
 of all rounds. An overhead is the median of the differences within a round, so that clocks that change over time cancel.
@@ -15,11 +18,14 @@ from __future__ import annotations
 import argparse
 import csv
 import datetime
+import importlib.util
 import os
 import shlex
 import statistics
 import subprocess
 import sys
+import tempfile
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -28,9 +34,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+import magi_sink_cp
 from magi_sink_cp import attention_with_sink, cp_attention_with_sink, make_cp_plan
 from magi_sink_cp.kernels.inputs import make_params
-from magi_sink_cp.kernels.protocol import Backend, Call, Partial
+from magi_sink_cp.kernels.protocol import Backend, Call, Partial, Varlen
 from magi_sink_cp.kernels.registry import select_backend
 
 Row = dict[str, Any]
@@ -38,12 +45,13 @@ Work = dict[str, Callable[[], Any]]
 
 HEADS, HEADS_KV = 64, 8
 KERNEL_SHAPES = ((4, 2048), (2, 4096), (1, 8192), (1, 16384), (1, 32768))  # (batch, tokens)
+FUNCTION_SHAPES = ((8, 1024), (4, 2048), (2, 4096), (1, 8192), (1, 16384), (1, 32768))
 DIST_TOKENS = (8192, 16384, 32768, 65536, 131072)
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=["kernel", "dist"])
+    parser.add_argument("what", choices=["kernel", "functions", "dist"])
     parser.add_argument("--out", type=Path, required=True, help="folder of the CSV")
     parser.add_argument("--backend", default="fa3", help="kernels on both sides of the comparison")
     parser.add_argument("--rounds", type=int, default=60, help="rounds per shape (fewer for shapes that take long)")
@@ -57,7 +65,7 @@ def main() -> int:
     if args.what == "dist" and "LOCAL_RANK" not in os.environ:  # start one rank a GPU
         launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(torch.cuda.device_count())]
         os.execv(sys.executable, [sys.executable, *launcher, __file__, *sys.argv[1:]])
-    rows = bench_kernel(args) if args.what == "kernel" else bench_dist(args)
+    rows = {"kernel": bench_kernel, "functions": bench_functions, "dist": bench_dist}[args.what](args)
     if rows:
         write(args, rows)
     return 0
@@ -70,17 +78,17 @@ class PlainAttention(torch.autograd.Function):
     """The backend's own forward and backward and nothing else: what flash_attn_func does."""
 
     @staticmethod
-    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, backend: Backend) -> Tensor:
-        ctx.backend, ctx.call = backend, causal_call(q)
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, backend: Backend, varlen: Varlen | None = None) -> Tensor:
+        ctx.backend, ctx.call = backend, Call(causal_call(q).params, varlen)
         partial = backend.forward(q, k, v, ctx.call)
         ctx.save_for_backward(q, k, v, partial.out, partial.lse)
         return partial.out
 
     @staticmethod
-    def backward(ctx: Any, dout: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
+    def backward(ctx: Any, dout: Tensor) -> tuple[Tensor, Tensor, Tensor, None, None]:
         q, k, v, out, lse = ctx.saved_tensors
         grads = ctx.backend.backward(dout, q, k, v, Partial(out, lse), ctx.call)
-        return grads.dq, grads.dk, grads.dv, None
+        return grads.dq, grads.dk, grads.dv, None, None
 
 
 def bench_kernel(args: argparse.Namespace) -> list[Row]:
@@ -119,6 +127,189 @@ def kernel_rows(args: argparse.Namespace, head_dim: int, batch: int, tokens: int
         print(
             f"{label} plain {plain:9.1f} µs, overhead {over:6.1f} µs = {percent:5.2f}% = {passes:4.2f} passes over out", flush=True
         )
+    return rows
+
+
+# --- The drop-in functions ------------------------------------------------------------------------------------------------------
+
+
+def bench_functions(args: argparse.Namespace) -> list[Row]:
+    rows = [row for d in (128, 64) for batch, tokens in FUNCTION_SHAPES for row in function_rows(args, d, batch, tokens)]
+    return rows + host_rows(args) + memory_rows() + profile_rows() + first_call_rows()
+
+
+def function_rows(args: argparse.Namespace, head_dim: int, batch: int, tokens: int) -> list[Row]:
+    """Forward and backward of every function that has its kernels here, beside the same kernels without a sink."""
+    shape = {"batch": batch, "tokens": tokens, "heads": HEADS, "heads_kv": HEADS_KV, "head_dim": head_dim}
+    rows: list[Row] = []
+    groups = function_groups(head_dim, batch, tokens)
+    for name, work in groups.items():
+        times = measure(work, rounds_for(args, batch * tokens * tokens))
+        plain = statistics.median(times["plain"])
+        rows.append({**shape, "measured": f"{name} plain", **summary(times["plain"])})
+        for function, values in times.items():
+            if function == "plain":
+                continue
+            extra = [a - b for a, b in zip(values, times["plain"], strict=True)]
+            percent = 100 * statistics.median(extra) / plain
+            rows.append({**shape, "measured": f"{function} overhead", **summary(extra), "percent_of_plain": percent})
+            print(f"d {head_dim:3d} {batch}×{tokens:6d} {function:32s} {percent:6.2f}% over {name} {plain:9.1f} µs", flush=True)
+    return rows
+
+
+def function_groups(head_dim: int, batch: int, tokens: int) -> dict[str, Work]:
+    """For each kernel family that is here: "plain", and the functions that run on it."""
+    q, k, v, dout, sink = draw((batch, tokens), head_dim)
+    flat = [x.detach().flatten(0, 1).requires_grad_() for x in (q, k, v)]
+    qkv = torch.cat([x.detach() for x in (q, k, v)], dim=2).requires_grad_()
+    kv = torch.stack([x.detach() for x in (k, v)], dim=2).requires_grad_()
+    cu_seqlens = torch.arange(batch + 1, dtype=torch.int32, device="cuda") * tokens
+    varlen = Varlen(cu_seqlens, cu_seqlens, tokens, tokens)
+    lengths = (cu_seqlens, cu_seqlens, tokens, tokens)
+    call = causal_call(q)
+
+    def step(function: Callable[..., Any], leaves: Any, gradient: Tensor, *arguments: Any, **options: Any) -> Callable[[], Any]:
+        return lambda: torch.autograd.grad(function(*arguments, **options), leaves, gradient)
+
+    def plain(name: str) -> dict[str, Callable[[], Any]]:
+        return {"plain": step(PlainAttention.apply, (q, k, v), dout, q, k, v, select_backend(name, q, call))}
+
+    available = {info.name for info in magi_sink_cp.backends() if info.available}
+    groups: dict[str, Work] = {}
+    packed_dout = dout.flatten(0, 1)
+    if "fa3" in available:
+        fa3 = select_backend("fa3", q, call)
+        groups["fa3"] = plain("fa3") | {
+            "fa3_func_with_sink": step(magi_sink_cp.fa3_func_with_sink, (q, k, v, sink), dout, q, k, v, sink, causal=True),
+            "fa3_qkvpacked_func_with_sink": step(
+                magi_sink_cp.fa3_qkvpacked_func_with_sink, (qkv, sink), dout, qkv, sink, causal=True, num_heads_q=HEADS
+            ),
+        }
+        groups["fa3 varlen"] = {
+            "plain": step(PlainAttention.apply, flat, packed_dout, *flat, fa3, varlen),
+            "fa3_varlen_func_with_sink": step(
+                magi_sink_cp.fa3_varlen_func_with_sink, (*flat, sink), packed_dout, *flat, *lengths, sink, causal=True
+            ),
+        }
+    if "fa4" in available:
+        groups["fa4"] = plain("fa4") | {
+            "fa4_func_with_sink": step(magi_sink_cp.fa4_func_with_sink, (q, k, v, sink), dout, q, k, v, sink, causal=True),
+            "attention_with_sink on fa4": step(
+                attention_with_sink, (q, k, v, sink), dout, q, k, v, sink, causal=True, backend="fa4"
+            ),
+        }
+    groups["fa2"] = plain("fa2" if "fa2" in available else "aten") | {
+        "fa2_func_with_sink": step(magi_sink_cp.fa2_func_with_sink, (q, k, v, sink), dout, q, k, v, sink, causal=True),
+        "fa2_kvpacked_func_with_sink": step(
+            magi_sink_cp.fa2_kvpacked_func_with_sink, (q, kv, sink), dout, q, kv, sink, causal=True
+        ),
+        "fa2_varlen_func_with_sink": step(
+            magi_sink_cp.fa2_varlen_func_with_sink, (*flat, sink), packed_dout, *flat, *lengths, sink, causal=True
+        ),
+    }
+    return groups
+
+
+def host_rows(args: argparse.Namespace) -> list[Row]:
+    """Microseconds that the host spends in one forward call, where the GPU is always behind."""
+    q, k, v, _, sink = draw((8, 256), 128)
+    call = causal_call(q)
+    work: Work = {
+        "operator in an autograd function": lambda: PlainAttention.apply(q, k, v, select_backend("fa3", q, call)),
+        "fa3_func_with_sink": lambda: magi_sink_cp.fa3_func_with_sink(q, k, v, sink, causal=True),
+        "fa3_func_with_sink, sink=None": lambda: magi_sink_cp.fa3_func_with_sink(q, k, v, causal=True),
+    }
+    if importlib.util.find_spec("flash_attn_interface") is not None:
+        flash_attn_func = importlib.import_module("flash_attn_interface").flash_attn_func
+        work["flash_attn_func"] = lambda: flash_attn_func(q, k, v, causal=True)
+    times: dict[str, list[float]] = {name: [] for name in work}
+    for number in range(args.rounds + 3):
+        for name, function in list(work.items())[:: 1 if number % 2 == 0 else -1]:
+            torch.cuda.synchronize()
+            start = time.perf_counter()
+            for _ in range(20):
+                function()
+            if number >= 3:
+                times[name].append((time.perf_counter() - start) / 20 * 1e6)
+    for name, values in times.items():
+        print(f"host µs a forward: {name:36s} {statistics.median(values):6.1f}", flush=True)
+    return [{"batch": 8, "tokens": 256, "head_dim": 128, "measured": f"host: {name}", **summary(x)} for name, x in times.items()]
+
+
+def memory_rows() -> list[Row]:
+    """Peak bytes of forward and backward at 32k tokens, inputs included."""
+    peaks: dict[str, int] = {}
+    for name in ("plain", "fa3_func_with_sink"):
+        work = function_groups(128, 1, 32768)["fa3"][name]
+        for _ in range(2):
+            torch.cuda.synchronize()
+            torch.cuda.reset_peak_memory_stats()
+            work()
+            torch.cuda.synchronize()
+        peaks[name] = torch.cuda.max_memory_allocated()
+    print(f"peak memory at 32k: {peaks}, ratio {peaks['fa3_func_with_sink'] / peaks['plain']:.4f}", flush=True)
+    shape = {"batch": 1, "tokens": 32768, "heads": HEADS, "heads_kv": HEADS_KV, "head_dim": 128}
+    ratio = 100 * peaks["fa3_func_with_sink"] / peaks["plain"]
+    return [
+        {**shape, "measured": "peak MiB plain", "percent_of_plain": 100.0, "mib": peaks["plain"] / 2**20},
+        {**shape, "measured": "peak MiB fa3_func_with_sink", "percent_of_plain": ratio, "mib": peaks["fa3_func_with_sink"] / 2**20},
+    ]
+
+
+def profile_rows() -> list[Row]:
+    """Where the GPU's time goes in fa3_func_with_sink, forward and backward, at 8 sequences of 1k."""
+    work = function_groups(128, 8, 1024)["fa3"]["fa3_func_with_sink"]
+    for _ in range(3):
+        work()
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+        for _ in range(20):
+            work()
+        torch.cuda.synchronize()
+    rows: list[Row] = []
+    for event in sorted(profile.key_averages(), key=lambda event: -event.self_device_time_total):
+        if event.self_device_time_total > 0:
+            name = (
+                event.key.replace("void ", "").split("<")[0].split("(")[0] if "cutlass" not in event.key else kernel_kind(event.key)
+            )
+            microseconds = event.self_device_time_total / 20
+            print(f"1k×8: {microseconds:8.1f} µs {name}", flush=True)
+            shape = {"batch": 8, "tokens": 1024, "heads": HEADS, "heads_kv": HEADS_KV, "head_dim": 128}
+            rows.append({**shape, "measured": f"kernel: {name}", "median_us": microseconds, "rounds": 20})
+    return rows
+
+
+def kernel_kind(key: str) -> str:
+    """Which of FlashAttention-3's kernels a mangled name is."""
+    kinds = ("FlashAttnFwdSm90", "FlashAttnBwdPreprocess", "FlashAttnBwdPostprocessConvertdQ", "FlashAttnBwdSm90")
+    return next((kind for kind in kinds if kind in key), key[:40])
+
+
+FIRST_CALL = """
+import sys, time, torch
+from magi_sink_cp import fa3_func_with_sink
+q, k, v = (torch.randn(1, 1024, h, 128, device="cuda", dtype=torch.bfloat16, requires_grad=True) for h in (64, 8, 8))
+sink = torch.randn(1, 64, device="cuda", requires_grad=True) if sys.argv[1] == "sink" else None
+torch.cuda.synchronize()
+start = time.perf_counter()
+fa3_func_with_sink(q, k, v, sink, causal=True).sum().backward()
+torch.cuda.synchronize()
+print(time.perf_counter() - start)
+"""
+
+
+def first_call_rows() -> list[Row]:
+    """Seconds until the first forward and backward of a process are done: without a sink, with an empty and with a filled cache."""
+    rows: list[Row] = []
+    with tempfile.TemporaryDirectory() as cache:
+        for name, argument in (("without a sink", "plain"), ("empty Triton cache", "sink"), ("filled Triton cache", "sink")):
+            environment = {**os.environ, "TRITON_CACHE_DIR": cache}
+            command = [sys.executable, "-c", FIRST_CALL, argument]
+            result = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
+            seconds = float(result.stdout.split()[-1])
+            print(f"first forward and backward, {name}: {seconds:.2f} s", flush=True)
+            rows.append(
+                {"batch": 1, "tokens": 1024, "head_dim": 128, "measured": f"first call: {name}", "median_us": 1e6 * seconds}
+            )
     return rows
 
 
@@ -248,7 +439,7 @@ def write(args: argparse.Namespace, rows: list[Row]) -> None:
         "command": shlex.join(["scripts/bench.py", *("DIR" if word == str(args.out) else word for word in sys.argv[1:])]),
     }
     shape = ("batch", "tokens", "heads", "heads_kv", "head_dim", "ranks")
-    results = ("measured", "median_us", "p20_us", "p80_us", "rounds", "percent_of_plain", "passes_over_out")
+    results = ("measured", "median_us", "p20_us", "p80_us", "rounds", "percent_of_plain", "passes_over_out", "mib")
     args.out.mkdir(parents=True, exist_ok=True)
     with (args.out / f"{args.what}.csv").open("w", newline="") as file:
         writer = csv.DictWriter(file, [*shape, *results, *origin], restval="")

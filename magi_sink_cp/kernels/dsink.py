@@ -14,7 +14,7 @@ from torch import Tensor
 
 from magi_sink_cp.kernels.merge import lse_strides, out_strides, sink_strides
 from magi_sink_cp.kernels.protocol import RowDelta, unit_stride
-from magi_sink_cp.kernels.triton_support import next_power_of_2, on_device_of, tl, triton
+from magi_sink_cp.kernels.triton_support import Launcher, next_power_of_2, on_device_of, pointer, tl, triton
 
 
 def sink_gradient(
@@ -106,36 +106,22 @@ def sink_gradient_triton(
         dsink = torch.empty(sink.shape, dtype=sink.dtype, device=sink.device)
         dsink_strides = sink_strides(dsink)
     cu_seqlens = None if delta is None or delta.block == 0 else delta.cu_seqlens_q
-    _sink_gradient_kernel[(heads * blocks,)](
-        sink,
-        lse,
-        None if delta is None else delta.values,
-        out,
-        dout,
-        dlse,
-        cu_seqlens,
-        dsink,
+    values = None if delta is None else delta.values
+    tensors = (sink, lse, values, out, dout, dlse, cu_seqlens, dsink)
+    strides = (
         sink_strides(sink),
         lse_strides(lse),
-        (0, 0) if delta is None else lse_strides(delta.values),
+        (0, 0) if values is None else lse_strides(values),
         (0, 0, 0) if out is None else out_strides(out),
         (0, 0, 0) if dout is None else out_strides(dout),
         (0, 0) if dlse is None else lse_strides(dlse),
         dsink_strides,
-        rows,
-        all_rows,
-        0 if delta is None else delta.rows,
-        heads,
-        sink.shape[-2],
-        0 if cu_seqlens is None else cu_seqlens.numel() - 1,
-        BATCHED=all_rows > rows,
-        DELTA_BLOCK=0 if delta is None else delta.block,
-        SHARED=shared,
-        HEAD_DIM=head_dim,
-        BLOCK_DIM=block_dim,
-        BLOCK_ROWS=block_rows,
-        num_warps=num_warps,
     )
+    num_delta_rows, documents = 0 if delta is None else delta.rows, 0 if cu_seqlens is None else cu_seqlens.numel() - 1
+    constants = (all_rows > rows, 0 if delta is None else delta.block, shared, head_dim, block_dim, block_rows)
+    kind = (lse.device.index, heads, all_rows < 2**31, strides, constants, *map(pointer, tensors))
+    sizes = (rows, all_rows, num_delta_rows, heads, sink.shape[-2], documents)
+    _launch_sink_gradient(heads * blocks, kind, (*tensors, *strides, *sizes, *constants), num_warps)
     if not shared:
         return dsink
     return dsink[0] if blocks == 1 else dsink.sum(0)
@@ -224,3 +210,6 @@ def _sink_gradient_kernel(  # type: ignore[no-untyped-def]
             logit = tl.load(sink_ptr + sink_row, mask=inside, other=float("-inf")).to(tl.float32)
             dsink_row = batch * dsink_stride[0] + row * dsink_stride[1] + j * dsink_stride[2] + head * dsink_stride[3]
             tl.store(dsink_ptr + dsink_row, (tl.exp(logit - lse) * row_term).to(dsink_ptr.dtype.element_ty), mask=inside)
+
+
+_launch_sink_gradient = Launcher(_sink_gradient_kernel)

@@ -74,7 +74,10 @@ class Fa4Backend(FlashBackend):
 
     def forward_with_sink(self, q: Tensor, k: Tensor, v: Tensor, sink: Tensor, call: Call) -> Partial:
         """Like forward, with ``sink`` (1, H) in the denominator of every row."""
-        return self._run_forward(q, k, v, call, None, sink)
+        partial = self._run_forward(q, k, v, call, None, sink)
+        # Its sum overflows where a sink is 88 above a row's largest score. out is right (0) then, and lse is the sink.
+        lse = torch.where(partial.lse == float("inf"), sink[0].float().unsqueeze(-1), partial.lse)
+        return Partial(partial.out, lse)
 
     def backward_with_sink(
         self,

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from magi_sink_cp.kernels.protocol import Partial, stat_dtype
-from magi_sink_cp.kernels.triton_support import next_power_of_2, on_device_of, tl, triton
+from magi_sink_cp.kernels.triton_support import Launcher, next_power_of_2, on_device_of, pointer, tl, triton
 
 # The largest number of partials one launch takes; a schedule with more folds them into an fp32 partial as it goes.
 MAX_PARTIALS = 4
@@ -84,45 +84,40 @@ def merge_triton(partials: Sequence[Partial], sink: Tensor | None, out: Tensor, 
     block_dim = next_power_of_2(head_dim)
     # 4096 fp32 accumulators a program (32 a thread) come close to a read+write pass over out: docs/benchmarks.md.
     block_rows = max(1, min(64, 4096 // block_dim))
-    grid = (heads * -(-rows // block_rows) * batch,)
-    _merge_kernel[grid](
-        tuple(p.out for p in partials),
-        tuple(p.lse for p in partials),
-        tuple(p.start for p in partials),
-        tuple(p.start + p.out.shape[-3] for p in partials),
-        tuple(out_strides(p.out) for p in partials),
-        tuple(lse_strides(p.lse) for p in partials),
-        out,
-        lse,
-        sink,
-        out_strides(out),
-        lse_strides(lse),
-        sink_strides(sink),
-        rows,
-        heads,
-        0 if sink is None else sink.shape[-2],
-        NUM_PARTIALS=len(partials),
-        HEAD_DIM=head_dim,
-        BLOCK_DIM=block_dim,
-        BLOCK_ROWS=block_rows,
+    outs, lses = tuple(p.out for p in partials), tuple(p.lse for p in partials)
+    starts = tuple(p.start for p in partials)
+    stops = tuple(p.start + p.out.shape[-3] for p in partials)
+    strides = (tuple(map(out_strides, outs)), tuple(map(lse_strides, lses)))
+    own_strides = (out_strides(out), lse_strides(lse), sink_strides(sink))
+    kind = (
+        out.device.index, head_dim, heads, rows < 2**31, starts, stops, strides, own_strides,
+        *map(pointer, (*outs, *lses, out, lse, sink)),
+    )  # fmt: skip
+    num_sinks = 0 if sink is None else sink.shape[-2]
+    sizes = (rows, heads, num_sinks, len(partials), head_dim, block_dim, block_rows)
+    _launch_merge(
+        heads * -(-rows // block_rows) * batch, kind, (outs, lses, starts, stops, *strides, out, lse, sink, *own_strides, *sizes)
     )
 
 
 def out_strides(x: Tensor) -> tuple[int, int, int]:
     """(batch, row, head) strides of (B, T, H, D) or (T, H, D); the last dimension is dense."""
-    return (x.stride(0) if x.dim() == 4 else 0, x.stride(-3), x.stride(-2))
+    strides = x.stride()
+    return (strides[0] if len(strides) == 4 else 0, strides[-3], strides[-2])
 
 
 def lse_strides(x: Tensor) -> tuple[int, int]:
     """(batch, head) strides of (B, H, T) or (H, T); rows are dense."""
-    return (x.stride(0) if x.dim() == 3 else 0, x.stride(-2))
+    strides = x.stride()
+    return (strides[0] if len(strides) == 3 else 0, strides[-2])
 
 
 def sink_strides(sink: Tensor | None) -> tuple[int, int, int, int]:
     """(batch, row, sink, head) strides; batch and row are 0 for the shared layout ``sh``."""
     if sink is None:
         return (0, 0, 0, 0)
-    return (sink.stride(0) if sink.dim() == 4 else 0, sink.stride(-3) if sink.dim() > 2 else 0, sink.stride(-2), sink.stride(-1))
+    strides = sink.stride()
+    return (strides[0] if len(strides) == 4 else 0, strides[-3] if len(strides) > 2 else 0, strides[-2], strides[-1])
 
 
 # A new token or sink count must not compile the kernel again.
@@ -192,3 +187,6 @@ def _merge_kernel(  # type: ignore[no-untyped-def]
     tl.store(at, merged, mask=inside[:, None] & (dim < HEAD_DIM)[None, :])
     merged_lse = tl.where(total == 0, float("-inf"), peak + tl.log(divisor))
     tl.store(lse_ptr + batch * lse_stride[0] + head * lse_stride[1] + row, merged_lse, mask=inside)
+
+
+_launch_merge = Launcher(_merge_kernel)
