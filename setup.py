@@ -34,6 +34,7 @@ setup(
     extras_require={
         # Hopper only. xformers 0.0.34 holds FlashAttention-3 but pins torch 2.10: with another torch, install it with --no-deps.
         "fa3": ["xformers==0.0.34", "nvidia-cuda-runtime-cu12>=12.8,<13"],
+        "fa4": ["flash-attn-4>=4.0.0b36"],  # a pre-release: pip wants --pre
         "test": TEST,
         "dev": [*TEST, "mypy>=1.15", "ruff>=0.11"],
     },

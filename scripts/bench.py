@@ -2,10 +2,12 @@
 
     python scripts/bench.py kernel --out docs/benchmarks
     python scripts/bench.py functions --out docs/benchmarks
+    python scripts/bench.py host --out docs/benchmarks
     python scripts/bench.py dist --out docs/benchmarks       # starts one rank a GPU; or under torchrun
 
 ``kernel``: attention_with_sink beside plain FlashAttention-3 and one read+write pass over out. ``functions``: forward+backward of
-the drop-in functions beside the same kernels without a sink; their host time, peak memory, first call, and where the time goes.
+the drop-in functions beside the same kernels without a sink; peak memory, first call, and where the time goes. ``host``: what a
+call costs the host.
 ``dist``: cp_attention_with_sink beside one GPU's FlashAttention-3 without a sink on the whole sequence, divided by the number of
 ranks.
 
@@ -51,7 +53,7 @@ DIST_TOKENS = (8192, 16384, 32768, 65536, 131072)
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=["kernel", "functions", "dist"])
+    parser.add_argument("what", choices=list(BENCHES))
     parser.add_argument("--out", type=Path, required=True, help="folder of the CSV")
     parser.add_argument("--backend", default="fa3", help="kernels on both sides of the comparison")
     parser.add_argument("--rounds", type=int, default=60, help="rounds per shape (fewer for shapes that take long)")
@@ -65,7 +67,7 @@ def main() -> int:
     if args.what == "dist" and "LOCAL_RANK" not in os.environ:  # start one rank a GPU
         launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(torch.cuda.device_count())]
         os.execv(sys.executable, [sys.executable, *launcher, __file__, *sys.argv[1:]])
-    rows = {"kernel": bench_kernel, "functions": bench_functions, "dist": bench_dist}[args.what](args)
+    rows = BENCHES[args.what](args)
     if rows:
         write(args, rows)
     return 0
@@ -135,7 +137,7 @@ def kernel_rows(args: argparse.Namespace, head_dim: int, batch: int, tokens: int
 
 def bench_functions(args: argparse.Namespace) -> list[Row]:
     rows = [row for d in (128, 64) for batch, tokens in FUNCTION_SHAPES for row in function_rows(args, d, batch, tokens)]
-    return rows + host_rows(args) + memory_rows() + profile_rows() + first_call_rows()
+    return rows + memory_rows() + profile_rows() + first_call_rows()
 
 
 def function_rows(args: argparse.Namespace, head_dim: int, batch: int, tokens: int) -> list[Row]:
@@ -192,17 +194,28 @@ def function_groups(head_dim: int, batch: int, tokens: int) -> dict[str, Work]:
             ),
         }
     if "fa4" in available:
+        own = importlib.import_module("flash_attn.cute.interface").flash_attn_func
+        one_sink = sink.detach()[0].requires_grad_()
+
+        def native(*arguments: Tensor) -> Tensor:
+            return own(*arguments, causal=True, learnable_sink=one_sink)[0]
+
         groups["fa4"] = plain("fa4") | {
+            "FlashAttention-4's own sink": step(native, (q, k, v, one_sink), dout, q, k, v),
             "fa4_func_with_sink": step(magi_sink_cp.fa4_func_with_sink, (q, k, v, sink), dout, q, k, v, sink, causal=True),
             "attention_with_sink on fa4": step(
                 attention_with_sink, (q, k, v, sink), dout, q, k, v, sink, causal=True, backend="fa4"
             ),
         }
-    groups["fa2"] = plain("fa2" if "fa2" in available else "aten") | {
+    fa2 = select_backend("fa2" if "fa2" in available else "aten", q, call)
+    groups["fa2"] = plain(fa2.name) | {
         "fa2_func_with_sink": step(magi_sink_cp.fa2_func_with_sink, (q, k, v, sink), dout, q, k, v, sink, causal=True),
         "fa2_kvpacked_func_with_sink": step(
             magi_sink_cp.fa2_kvpacked_func_with_sink, (q, kv, sink), dout, q, kv, sink, causal=True
         ),
+    }
+    groups["fa2 varlen"] = {
+        "plain": step(PlainAttention.apply, flat, packed_dout, *flat, fa2, varlen),
         "fa2_varlen_func_with_sink": step(
             magi_sink_cp.fa2_varlen_func_with_sink, (*flat, sink), packed_dout, *flat, *lengths, sink, causal=True
         ),
@@ -210,8 +223,9 @@ def function_groups(head_dim: int, batch: int, tokens: int) -> dict[str, Work]:
     return groups
 
 
-def host_rows(args: argparse.Namespace) -> list[Row]:
-    """Microseconds that the host spends in one forward call, where the GPU is always behind."""
+def bench_host(args: argparse.Namespace) -> list[Row]:
+    """Microseconds that the host spends in one forward call, where the GPU is always behind. Beside the public flash_attn_func of
+    FlashAttention-3, where its module flash_attn_interface can be imported."""
     q, k, v, _, sink = draw((8, 256), 128)
     call = causal_call(q)
     work: Work = {
@@ -449,6 +463,8 @@ def write(args: argparse.Namespace, rows: list[Row]) -> None:
             writer.writerow({**rounded, **origin})
     print(f"wrote {args.out / args.what}.csv")
 
+
+BENCHES = {"kernel": bench_kernel, "functions": bench_functions, "host": bench_host, "dist": bench_dist}
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -2,7 +2,7 @@
 
     python scripts/plot.py [--data docs/benchmarks]
 
-Writes kernel.png and dist.png beside kernel.csv and dist.csv, whichever are there.
+Writes kernel.png, functions.png and dist.png beside kernel.csv, functions.csv and dist.csv, whichever are there.
 """
 
 from __future__ import annotations
@@ -26,9 +26,10 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, default=Path("docs/benchmarks"), help="folder of the CSV files")
     args = parser.parse_args()
-    drawn = [draw(args.data, name, function) for name, function in {"kernel": draw_kernel, "dist": draw_dist}.items()]
+    pictures = {"kernel": draw_kernel, "functions": draw_functions, "dist": draw_dist}
+    drawn = [draw(args.data, name, function) for name, function in pictures.items()]
     if not any(drawn):
-        print(f"no kernel.csv or dist.csv in {args.data}; scripts/bench.py writes them", file=sys.stderr)
+        print(f"no {', '.join(f'{name}.csv' for name in pictures)} in {args.data}; scripts/bench.py writes them", file=sys.stderr)
         return 2
     return 0
 
@@ -69,6 +70,23 @@ def draw_kernel(rows: list[dict[str, str]]) -> Any:
         axis.set_ylim(bottom=min(0.0, axis.get_ylim()[0]))
         axis.grid(alpha=0.25)
         axis.legend(frameon=False)
+    return figure
+
+
+def draw_functions(rows: list[dict[str, str]]) -> Any:
+    """Overheads of the drop-in functions over their own kernels without a sink, forward and backward."""
+    figure, axes = plt.subplots(1, 2, figsize=(11, 4.5), sharey=True)
+    for axis, head_dim in zip(axes, ("128", "64"), strict=True):
+        chosen = [r for r in rows if r["measured"].endswith(" overhead") and r["head_dim"] == head_dim]
+        for name in dict.fromkeys(r["measured"] for r in chosen):
+            points = [r for r in chosen if r["measured"] == name]
+            names = [f"{int(r['tokens']) // 1024}k×{r['batch']}" for r in points]
+            axis.plot(names, [float(r["percent_of_plain"]) for r in points], "o-", label=name.removesuffix(" overhead"))
+        axis.axhline(0, color=GREY, linewidth=1)
+        axis.set_title(f"head_dim {head_dim}")
+        axis.grid(alpha=0.25)
+    axes[0].set_ylabel("% over the kernels without a sink, forward + backward")
+    axes[1].legend(frameon=False, fontsize=8)
     return figure
 
 

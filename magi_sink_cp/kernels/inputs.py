@@ -26,36 +26,40 @@ def check_qkv(
     q: Tensor, k: Tensor, v: Tensor, num_dims: int, shape_text: str, fp8_allowed: bool = False, paged: bool = False
 ) -> None:
     """Rank, heads, head_dim, dtype and device of q, k and v. ``paged``: k and v are (pages, page size, H_kv, D)."""
-    dtypes = _FLOATS_AND_FP8 if fp8_allowed else _FLOATS
     for name, x in (("q", q), ("k", k), ("v", v)):
         if not isinstance(x, Tensor):
             raise TypeError(f"{name} must be a torch.Tensor, got {type(x).__name__}")
+    dtype, device = q.dtype, q.device
+    dtypes = _FLOATS_AND_FP8 if fp8_allowed else _FLOATS
+    shapes = q.shape, k.shape, v.shape
+    for name, x, shape in zip("qkv", (q, k, v), shapes, strict=True):
         if paged and name != "q":
-            if x.dim() != 4:
+            if len(shape) != 4:
                 raise ValueError(
                     f"{name} must have 4 dimensions (pages, page size, heads, head_dim), as block_table is given, "
-                    f"got shape {tuple(x.shape)}"
+                    f"got shape {tuple(shape)}"
                 )
-        elif x.dim() != num_dims:
-            raise ValueError(f"{name} must have {num_dims} dimensions {shape_text}, got shape {tuple(x.shape)}")
+        elif len(shape) != num_dims:
+            raise ValueError(f"{name} must have {num_dims} dimensions {shape_text}, got shape {tuple(shape)}")
         if x.dtype not in dtypes:
             raise TypeError(f"{name} must have a dtype of {_names(dtypes)}, got {x.dtype}")
-        if x.dtype != q.dtype:
-            raise TypeError(f"q, k and v must have one dtype, got q {q.dtype} and {name} {x.dtype}")
-        if x.device != q.device:
-            raise ValueError(f"q, k and v must be on one device, got q on {q.device} and {name} on {x.device}")
-    if k.shape[:-1] != v.shape[:-1]:
-        raise ValueError(f"k and v must have one shape, got k {tuple(k.shape)} and v {tuple(v.shape)} (only head_dim may differ)")
-    if q.shape[-1] != k.shape[-1] or q.shape[-1] < 1 or v.shape[-1] < 1:
+        if x.dtype != dtype:
+            raise TypeError(f"q, k and v must have one dtype, got q {dtype} and {name} {x.dtype}")
+        if x.device != device:
+            raise ValueError(f"q, k and v must be on one device, got q on {device} and {name} on {x.device}")
+    q_shape, k_shape, v_shape = shapes
+    if k_shape[:-1] != v_shape[:-1]:
+        raise ValueError(f"k and v must have one shape, got k {tuple(k_shape)} and v {tuple(v_shape)} (only head_dim may differ)")
+    if q_shape[-1] != k_shape[-1] or q_shape[-1] < 1 or v_shape[-1] < 1:
         raise ValueError(
             "q and k must have one head_dim >= 1 (their last dimension), and v one >= 1, "
-            f"got q {q.shape[-1]}, k {k.shape[-1]} and v {v.shape[-1]}"
+            f"got q {q_shape[-1]}, k {k_shape[-1]} and v {v_shape[-1]}"
         )
-    heads, heads_kv = q.shape[-2], k.shape[-2]
+    heads, heads_kv = q_shape[-2], k_shape[-2]
     if heads < 1 or heads_kv < 1 or heads % heads_kv:
         raise ValueError(f"the heads of k and v must divide the heads of q (both >= 1), got q {heads} and k {heads_kv}")
-    if num_dims == 4 and q.shape[0] != k.shape[0]:
-        raise ValueError(f"q and k must have one batch size, got q {q.shape[0]} and k {k.shape[0]}")
+    if num_dims == 4 and q_shape[0] != k_shape[0]:
+        raise ValueError(f"q and k must have one batch size, got q {q_shape[0]} and k {k_shape[0]}")
 
 
 def check_sink(sink: Tensor | None, sink_layout: str, q: Tensor) -> None:
