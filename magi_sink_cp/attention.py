@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from torch import Tensor
 
 from magi_sink_cp.kernels.inputs import check_lengths, check_qkv, check_sink, make_params
+from magi_sink_cp.kernels.registry import check_backend_name
 from magi_sink_cp.ops import Lengths, attention, make_op_call
 
 
@@ -64,6 +65,7 @@ def attention_with_sink(
     shape_text = "(total, heads, head_dim), as cu_seqlens are given," if packed else "(batch, seqlen, heads, head_dim)"
     check_qkv(q, k, v, 3 if packed else 4, shape_text)
     check_sink(sink, sink_layout, q)
+    check_backend_name(backend)
     check_lengths(q, k, cu_seqlens_q, cu_seqlens_k, max_seqlen_q=max_seqlen_q, max_seqlen_k=max_seqlen_k)
     params = make_params(q.shape[-1], softmax_scale, causal, window_size, softcap, deterministic)
     lengths = None

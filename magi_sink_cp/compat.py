@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.machinery
 import importlib.util
 import sys
 import types
@@ -32,4 +33,5 @@ def install() -> None:
     names = [name for name in magi_sink_cp.__all__ if name.endswith("_func_with_sink")]
     module = types.ModuleType(_NAME, "magi_sink_cp's functions under the name of MagiAttention's extension.")
     module.__dict__.update({name: getattr(magi_sink_cp, name) for name in names}, __all__=names, __magi_sink_cp__=True)
+    module.__spec__ = importlib.machinery.ModuleSpec(_NAME, None)
     sys.modules[_NAME] = module

@@ -11,6 +11,7 @@ from magi_sink_cp.attention import attention_with_sink
 from magi_sink_cp.dist.attention import DSINK_REDUCTIONS, cp_attention_with_sink
 from magi_sink_cp.dist.plan import CPPlan
 from magi_sink_cp.kernels.inputs import make_params
+from magi_sink_cp.kernels.registry import check_backend_name
 
 
 class SinkAttention(nn.Module):
@@ -47,6 +48,7 @@ class SinkAttention(nn.Module):
                 raise ValueError(f"{name} must be an int >= 1, got {value!r}")
         if dsink_reduce not in DSINK_REDUCTIONS:
             raise ValueError(f"dsink_reduce must be one of {DSINK_REDUCTIONS}, got {dsink_reduce!r}")
+        check_backend_name(backend)
         make_params(1, softmax_scale, causal, window_size, softcap, deterministic)  # raises here what does not depend on q
         self.init_std = init_std
         self.dsink_reduce = dsink_reduce

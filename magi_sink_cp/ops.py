@@ -35,9 +35,6 @@ from magi_sink_cp.kernels.protocol import (
 )
 from magi_sink_cp.kernels.registry import adding_sink, select_backend
 
-# What only a forward can have: names of AttentionParams and of Extras.
-FORWARD_ONLY = ("attention_chunk", "qv", "q_descale", "k_descale", "v_descale", "block_table")
-
 # The fields of AttentionParams, in their order.
 _PARAMS = (
     "float softmax_scale, int window_size_left, int window_size_right, float softcap, bool deterministic, float dropout_p, "
@@ -228,11 +225,18 @@ def _forward(
     partial = backend.forward(q, k, v, call, want_probs=op_call.want_probs)
     # FlashAttention-2 lays out like q, whatever its strides are; the operator promises a contiguous out.
     target = None if partial.out.is_contiguous() else torch.empty_like(partial.out, memory_format=torch.contiguous_format)
-    out, lse = merge([partial], sink, out=target)
+    trusted = call.varlen is not None and not op_call.read_lengths and q.is_cuda
+    ends = call.varlen.cu_seqlens_q if trusted and call.varlen is not None else None
+    out, lse = merge([partial], sink, out=target, cu_seqlens_q=ends)
     if call.params.dropout_p == 0:
         return out, lse, []
-    dropout = partial.dropout or Dropout(q.new_empty(2, dtype=torch.uint64), q.new_empty(0))  # no kernel ran on empty inputs
-    return out, lse, [dropout.rng_state, dropout.attn_probs]
+    shape = _probs_shape(q, k, lengths, op_call, arguments[:2])
+    if partial.dropout is None:  # no kernel ran on empty inputs
+        return out, lse, [q.new_empty(2, dtype=torch.uint64), q.new_zeros(shape)]
+    probs = partial.dropout.attn_probs
+    if op_call.want_probs and tuple(probs.shape) != shape:  # a kernel may have been given a larger max_seqlen_k
+        probs = probs[..., : shape[-2], : shape[-1]].contiguous()
+    return out, lse, [partial.dropout.rng_state, probs if op_call.want_probs else q.new_empty(shape)]
 
 
 def _backward(
@@ -279,12 +283,19 @@ def _fake_forward(
     lse = q.new_empty((*batch, heads, rows), dtype=stat_dtype(q.dtype))
     if op_call.dropout_p == 0:
         return out, lse, []
-    probs_shape: tuple[Any, ...] = (0,)
-    if op_call.want_probs:
-        sizes = arguments[:2] if lengths else (rows, k.shape[-3])
-        documents = lengths[0].shape[0] - 1 if lengths and lengths[0] is not None else batch[0]
-        probs_shape = (documents, heads, *(-(-size // 128) * 128 for size in sizes))
-    return out, lse, [q.new_empty(2, dtype=torch.uint64), q.new_empty(probs_shape)]
+    probs = q.new_empty(_probs_shape(q, k, lengths, op_call, arguments[:2]))
+    return out, lse, [q.new_empty(2, dtype=torch.uint64), probs]
+
+
+def _probs_shape(
+    q: Tensor, k: Tensor, lengths: Sequence[Tensor | None], op_call: OpCall, maxima: tuple[int, int]
+) -> tuple[int, ...]:
+    """Of S_dmask: (batch or documents, heads, longest rows and keys rounded up to 128), or (0,) where it is not wanted."""
+    if not op_call.want_probs:
+        return (0,)
+    sizes = maxima if lengths else (q.shape[-3], k.shape[-3])
+    documents = lengths[0].shape[0] - 1 if lengths and lengths[0] is not None else q.shape[0]
+    return (documents, q.shape[-2], -(-sizes[0] // 128) * 128, -(-sizes[1] // 128) * 128)
 
 
 def _fake_backward(

@@ -60,6 +60,7 @@ def test_auto_passes_over_what_cannot_run_the_call_and_logs_one_line(monkeypatch
             attention_with_sink(q, q, q)
     assert [record.message for record in caplog.records] == ["attention runs on cpu (picky: it runs nothing)"]
     monkeypatch.setattr(registry, "_BACKENDS", (_Picky(),))
+    monkeypatch.setattr(registry, "_NAMES", ("picky",))
     monkeypatch.setattr(registry, "_selected", {})
     with pytest.raises(ValueError, match="no backend can run this call: picky: it runs nothing"):
         attention_with_sink(q, q, q)

@@ -75,6 +75,20 @@ def test_automatic_dynamic_shapes_compile_twice():
     assert frames.frame_count == 2
 
 
+def test_a_longest_length_that_depends_on_data():
+    """max_seqlen from .item() inside the compiled region, as packing code computes it."""
+    case = case_for("fa3_varlen_func_with_sink", 9)
+
+    def layer(q, k, v, cu_seqlens):
+        longest = cu_seqlens.diff().max().item()
+        return magi_sink_cp.fa3_varlen_func_with_sink(q, k, v, cu_seqlens, cu_seqlens, longest, longest, causal=True)
+
+    cu_seqlens = torch.tensor(case.cu_seqlens_q, dtype=torch.int32)
+    with torch._dynamo.config.patch(capture_scalar_outputs=True):
+        compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")(case.q, case.k, case.v, cu_seqlens)
+    assert torch.equal(compiled, layer(case.q, case.k, case.v, cu_seqlens))
+
+
 def test_a_wrong_call_raises_while_it_is_compiled():
     compiled = torch.compile(attention_with_sink, backend="aot_eager")
     q, k = torch.randn(1, 4, 3, 8), torch.randn(1, 4, 2, 8)

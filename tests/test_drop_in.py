@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import inspect
 import sys
 import types
@@ -10,9 +11,11 @@ import pytest
 import torch
 
 import magi_sink_cp
-from magi_sink_cp import attention_with_sink, compat, set_fallback
+from magi_sink_cp import attention_with_sink, compat, ops, set_fallback
 from magi_sink_cp.kernels import registry
-from magi_sink_cp.kernels.protocol import FP8
+from magi_sink_cp.kernels.flash import check_flash_2_window, flash_2_maxima
+from magi_sink_cp.kernels.inputs import make_params
+from magi_sink_cp.kernels.protocol import FP8, Varlen
 from tests.drop_in import (
     DENSE,
     FUNCTIONS,
@@ -64,13 +67,15 @@ SIGNATURES = {
     "fa2_varlen_kvpacked_func_with_sink": f"q, kv, {LENGTHS}, {SINK}, {FA2_TAIL}",
     "fa4_func_with_sink": (
         f"q, k, v, {SINK}, qv=None, gather_kv_indices=None, {FA4_MASK}, {FA4_MODS}, aux_tensors=None, aux_scalars=None, "
-        "block_sparse_tensors=None, block_sparse_tensors_bwd=None, return_lse=False, *, return_attn_probs=False"
+        "block_sparse_tensors=None, block_sparse_tensors_bwd=None, return_lse=False, gather_bwd_recompute_p=False, "
+        "gather_bwd_token_chunk=None, *, return_attn_probs=False"
     ),
     "fa4_varlen_func_with_sink": (
         "q, k, v, cu_seqlens_q=None, cu_seqlens_k=None, max_seqlen_q=None, max_seqlen_k=None, "
         f"{SINK}, qv=None, min_seqlen_k=None, seqused_q=None, seqused_k=None, gather_kv_indices=None, page_table=None, {FA4_MASK}, "
         f"{FA4_MODS}, block_sparse_tensors=None, aux_tensors=None, aux_scalars=None, return_lse=False, scheduler_metadata=None, "
-        "seqlen_k_per_split=None, disable_scheduler_metadata=False, *, return_attn_probs=False"
+        "seqlen_k_per_split=None, disable_scheduler_metadata=False, gather_bwd_recompute_p=False, "
+        "gather_bwd_token_chunk=None, *, return_attn_probs=False"
     ),
 }
 
@@ -176,9 +181,9 @@ REFUSED = {  # parameter → (a value that the CPU cannot do, the text that says
     "dropout_p": (0.2, "it has no dropout_p"),
     "return_attn_probs": (True, "return_attn_probs=True needs dropout_p > 0"),  # of fa2
     "alibi_slopes": (torch.ones(4), "it has no alibi_slopes"),
-    "q_descale": (torch.ones(2, 2), "belong to torch.float8_e4m3fn inputs"),
-    "k_descale": (torch.ones(2, 2), "belong to torch.float8_e4m3fn inputs"),
-    "v_descale": (torch.ones(2, 2), "belong to torch.float8_e4m3fn inputs"),
+    "q_descale": (torch.ones(2, 2), "belongs to torch.float8_e4m3fn inputs"),
+    "k_descale": (torch.ones(2, 2), "belongs to torch.float8_e4m3fn inputs"),
+    "v_descale": (torch.ones(2, 2), "belongs to torch.float8_e4m3fn inputs"),
     "gather_kv_indices": (torch.zeros(1), "gather_kv_indices is not supported together with a sink"),
     "score_mod": (abs, "score_mod is not supported"),
     "score_mod_bwd": (abs, "score_mod_bwd is not supported"),
@@ -191,6 +196,8 @@ REFUSED = {  # parameter → (a value that the CPU cannot do, the text that says
     "page_table": (torch.zeros(1), "page_table is not supported"),
     "scheduler_metadata": ((), "scheduler_metadata is not supported"),
     "seqlen_k_per_split": (1, "seqlen_k_per_split is not supported"),
+    "gather_bwd_recompute_p": (True, "gather_bwd_recompute_p is not supported"),
+    "gather_bwd_token_chunk": (1, "gather_bwd_token_chunk is not supported"),
     "disable_scheduler_metadata": (True, "disable_scheduler_metadata is not supported"),
 }
 REFUSED_IN = {
@@ -288,7 +295,10 @@ def test_seqused():
     )  # lse of a row without a key is theirs
     taken = {name: result[name][rows] for name in ("out", "dq")} | {name: result[name][keys] for name in ("dk", "dv")}
     assert_close({**taken, "lse": result["lse"][:, rows], "dsink": result["dsink"]}, expected, TOLERANCE)
-    for wrong, message in ((used_q[:3], r"seqused_q must be an int32 tensor \(4,\)"), (used_q + 9, "seqused_q must be from 0 to")):
+    for wrong, message in (
+        (used_q[:3], r"seqused_q must be a contiguous torch.int32 tensor \(4,\)"),
+        (used_q + 9, "seqused_q must be from 0 to"),
+    ):
         with pytest.raises(ValueError, match=message):
             run_drop_in("fa3_varlen_func_with_sink", case, seqused_q=wrong)
 
@@ -322,7 +332,7 @@ def test_fp8_forward(name, descaled):
     assert (out.double() - expected).norm() <= 2**-8 * expected.norm()
     with pytest.raises(ValueError, match="fp8 inputs: FlashAttention has a forward for this and no backward"):
         function(**{**arguments, "sink": case.sink.requires_grad_()}, **scales)
-    with torch.no_grad(), pytest.raises(ValueError, match="q_descale must be fp32"):
+    with torch.no_grad(), pytest.raises(ValueError, match="q_descale must be a contiguous torch.float32 tensor"):
         function(**arguments, q_descale=torch.ones(7, 7))
 
 
@@ -330,14 +340,16 @@ def test_block_table_needs_the_flash_attn_package():
     name = "fa2_varlen_func_with_sink"
     case = case_for(name)
     arguments = {**lengths(name, case), "sink": case.sink, "block_table": torch.zeros(4, 1, dtype=torch.int32)}
-    pages = torch.randn(2, 16, 2, 16)
+    pages = torch.randn(2, 256, 2, 16)
     with torch.no_grad(), pytest.raises(ValueError, match="it has no block_table"):
         magi_sink_cp.fa2_varlen_func_with_sink(case.q, pages, pages, **arguments)
     with pytest.raises(ValueError, match="block_table: FlashAttention has a forward for this and no backward"):
         magi_sink_cp.fa2_varlen_func_with_sink(case.q.requires_grad_(), pages, pages, **arguments)
     with pytest.raises(ValueError, match="k must have 4 dimensions"):
         magi_sink_cp.fa2_varlen_func_with_sink(case.q, case.k, case.v, **arguments)
-    with pytest.raises(ValueError, match=r"block_table must be torch.int32 \(4, blocks\) on cpu"):
+    with pytest.raises(ValueError, match="pages hold a multiple of 256 keys"):
+        magi_sink_cp.fa2_varlen_func_with_sink(case.q, pages[:, :16], pages[:, :16], **arguments)
+    with pytest.raises(ValueError, match=r"block_table must be a contiguous torch.int32 tensor \(4, blocks\) on cpu"):
         magi_sink_cp.fa2_varlen_func_with_sink(case.q, pages, pages, **{**arguments, "block_table": torch.zeros(3, 1)})
 
 
@@ -408,44 +420,131 @@ class _OnCuda:
     device, dtype, shape = torch.device("cuda"), torch.bfloat16, (1, 4, 2, 64)
 
 
+@pytest.fixture
+def fallback():
+    yield set_fallback
+    set_fallback(False)
+
+
+CALL = registry.Call(make_params(64, None, False, (-1, -1), 0.0, False))
+
+
 @pytest.mark.parametrize("family", ["fa3", "fa4"])
-def test_a_gpu_without_the_kernels_says_how_to_get_them_unless_fallback_is_set(family, monkeypatch):
-    call = registry.Call(magi_sink_cp.kernels.inputs.make_params(64, None, False, (-1, -1), 0.0, False))
+def test_a_gpu_without_the_kernels_says_how_to_get_them_unless_fallback_is_set(family, monkeypatch, fallback):
     monkeypatch.setattr(registry, "_unavailable", lambda backend: None if backend.name == "aten" else "it is not here")
     with pytest.raises(ValueError, match=rf"{family}: it is not here\. To get {family}: .*set_fallback\(True\)"):
-        registry.select_backend(f"drop-in {family}", _OnCuda(), call)
-    try:
-        set_fallback(True)
-        assert registry.select_backend(f"drop-in {family}", _OnCuda(), call).name == "aten"
-    finally:
-        set_fallback(False)
-    if family == "fa3":
-        hint = registry._INSTALL_HINTS["fa3"]
-        assert all(way in hint for way in ("hopper", "xformers==0.0.34", "torch.ops.flash_attn_3"))
+        registry.select_backend(registry.drop_in_backend(family), _OnCuda(), CALL)
+    fallback(True)
+    assert registry.select_backend(registry.drop_in_backend(family), _OnCuda(), CALL).name == "aten"
+    hint = registry._INSTALL_HINTS["fa3"]
+    assert all(way in hint for way in ("hopper", "xformers==0.0.34", "torch.ops.flash_attn_3"))
     with pytest.raises(TypeError, match="enabled must be a bool, got 1"):
         set_fallback(1)
 
 
+def test_the_fallback_of_fa4_is_the_best_other_backend(monkeypatch, fallback):
+    monkeypatch.setattr(registry, "_unavailable", lambda backend: "it is not here" if backend.name == "fa4" else None)
+    monkeypatch.setattr(registry.Fa3Backend, "unsupported", lambda *_: None)
+    monkeypatch.setattr(registry.Fa3Backend, "describe", lambda self: self.name)
+    fallback(True)
+    assert registry.select_backend(registry.drop_in_backend("fa4"), _OnCuda(), CALL).name == "fa3"
+
+
+def test_no_installation_is_proposed_where_none_would_help(monkeypatch):
+    class Fp32(_OnCuda):
+        dtype = torch.float32
+
+    monkeypatch.setattr(registry, "_unavailable", lambda backend: None)
+    monkeypatch.setattr(registry.fa2, "is_installed", lambda: False)
+    with pytest.raises(ValueError, match="and q is torch.float32") as raised:
+        registry.select_backend(registry.drop_in_backend("fa4"), Fp32(), CALL)
+    assert "To get" not in str(raised.value)
+    softcapped = registry.Call(make_params(64, None, False, (-1, -1), 5.0, False))
+    with pytest.raises(ValueError, match=r"aten: it has no softcap.*The flash_attn package, 2\.7 or 2\.8, has softcap"):
+        registry.select_backend(registry.drop_in_backend("fa2"), _OnCuda(), softcapped)
+
+
+def test_a_change_of_set_fallback_does_not_reach_a_backward_under_way(monkeypatch, fallback):
+    names = []
+    original = registry.select_backend
+    monkeypatch.setattr(ops, "select_backend", lambda name, *rest: (names.append(name), original(name, *rest))[1])
+    q, sink = torch.randn(1, 4, 2, 8, requires_grad=True), torch.randn(1, 2)
+    fallback(True)
+    out = magi_sink_cp.fa3_func_with_sink(q, q, q, sink)
+    fallback(False)
+    out.sum().backward()
+    assert len(names) == 2
+    assert names[0] == names[1]
+
+
+@pytest.mark.parametrize("backend", ["drop-in fa3", "drop-in nonsense", "", None, 3])
+def test_what_drop_in_functions_run_on_is_no_public_backend(backend):
+    q = torch.randn(1, 4, 2, 8)
+    with pytest.raises(ValueError, match="backend must be 'auto' or one of"):
+        attention_with_sink(q, q, q, backend=backend)
+    with pytest.raises(ValueError, match="backend must be 'auto' or one of"):
+        magi_sink_cp.SinkAttention(2, backend=backend)
+
+
+@pytest.mark.parametrize("window_size", [(50, -1), (-1, 100), (3, 64)])
+def test_flash_attention_2_gets_some_masks_wrong_and_is_not_asked_for_them(window_size):
+    """It takes a missing right limit, or one of at least K keys, for K: wrong where there are more queries than keys."""
+    q, k = torch.empty(1, 257, 2, 8), torch.empty(1, 64, 2, 8)
+    call = registry.Call(make_params(8, None, False, window_size, 0.0, False))
+    with pytest.raises(ValueError, match="FlashAttention-2 computes another mask for window_size"):
+        check_flash_2_window(q, k, call)
+    check_flash_2_window(k, q, call)
+    lengths = torch.tensor([0, 257]), torch.tensor([0, 64])
+    varlen = Varlen(*lengths, 257, 64)
+    check_flash_2_window(q[0], k[0], registry.Call(call.params, varlen))
+    assert flash_2_maxima(varlen, window_size) == (257, 258)
+    assert flash_2_maxima(varlen, (-1, 0)) == (257, 64)
+    assert flash_2_maxima(Varlen(*lengths, 1, 1), (4, 0)) == (2, 1)
+
+
+@pytest.mark.parametrize(("name", "bad", "message"), [
+    ("fa2_func_with_sink", {"q": None, "alibi_slopes": torch.ones(4)}, "q must be a torch.Tensor"),
+    ("fa3_func_with_sink", {"q": None, "qv": torch.ones(1)}, "q must be a torch.Tensor"),
+    ("fa3_func_with_sink", {"k": None, "qv": torch.ones(1)}, "k must be a torch.Tensor"),
+    ("fa3_func_with_sink", {"qv": torch.ones(1)}, "qv must be a contiguous torch.float32 tensor"),
+    ("fa3_func_with_sink", {"q_descale": torch.ones(2, 2).requires_grad_()}, "q_descale belongs to"),
+    ("fa2_func_with_sink", {"alibi_slopes": torch.ones(3)}, r"alibi_slopes must be .* \(4,\) or \(2, 4\) on cpu"),
+    ("fa2_varlen_func_with_sink", {"cu_seqlens_q": [0, 3], "alibi_slopes": torch.ones(4)}, "cu_seqlens_q must be a torch.Tensor"),
+    ("fa2_varlen_qkvpacked_func_with_sink", {"cu_seqlens": None}, "cu_seqlens must be a torch.Tensor"),
+    ("fa2_qkvpacked_func_with_sink", {"qkv": torch.zeros(2, 13, 3, 4, 16, dtype=torch.int32)}, "q of qkv must have a dtype"),
+    ("fa4_func_with_sink", {"sink": None, "learnable_sink": torch.ones(5)}, "learnable_sink must be a tensor"),
+])  # fmt: skip
+def test_errors_name_what_was_given(name, bad, message):
+    case = case_for(name)
+    arguments = {**pack(name, case.q, case.k, case.v), "sink": case.sink, **lengths(name, case)}
+    with pytest.raises((TypeError, ValueError), match=message):
+        getattr(magi_sink_cp, name)(**{**arguments, **bad})
+
+
+def test_descales_get_no_gradient_and_say_so():
+    q = fp8(torch.randn(1, 4, 2, 16))
+    with pytest.raises(ValueError, match="q_descale, fp8 inputs: FlashAttention has a forward for this and no backward"):
+        magi_sink_cp.fa3_func_with_sink(q, q, q, q_descale=torch.ones(1, 2).requires_grad_())
+
+
 def test_fa2_runs_on_the_package_or_on_aten_and_never_falls_through_a_broken_one(monkeypatch):
-    call = registry.Call(magi_sink_cp.kernels.inputs.make_params(64, None, False, (-1, -1), 0.0, False))
     monkeypatch.setattr(registry, "_unavailable", lambda backend: "it does not load" if backend.name == "fa2" else None)
     monkeypatch.setattr(registry.fa2, "is_installed", lambda: False)
-    assert registry.select_backend("drop-in fa2", _OnCuda(), call).name == "aten"
+    assert registry.select_backend("drop-in fa2", _OnCuda(), CALL).name == "aten"
     monkeypatch.setattr(registry.fa2, "is_installed", lambda: True)
     registry._selected.clear()
     with pytest.raises(ValueError, match="no kernel of the fa2 functions can run this call: fa2: it does not load"):
-        registry.select_backend("drop-in fa2", _OnCuda(), call)
+        registry.select_backend("drop-in fa2", _OnCuda(), CALL)
 
 
 def test_auto_prefers_fa4_where_its_kernels_add_the_sink(monkeypatch):
-    call = registry.Call(magi_sink_cp.kernels.inputs.make_params(64, None, False, (-1, -1), 0.0, False))
     monkeypatch.setattr(registry, "_unavailable", lambda backend: None)
     monkeypatch.setattr(registry.Backend, "unsupported", lambda *_: None)
     for kind in (registry.Fa3Backend, registry.Fa4Backend):
         monkeypatch.setattr(kind, "unsupported", lambda *_: None)
         monkeypatch.setattr(kind, "describe", lambda self: self.name)
     for sink, expected in ((torch.zeros(1, 4), "fa4"), (torch.zeros(2, 4), "fa3"), (torch.zeros(9, 1, 4), "fa3"), (None, "fa3")):
-        assert registry.select_backend("auto", _OnCuda(), call, None, sink).name == expected
+        assert registry.select_backend("auto", _OnCuda(), CALL, None, sink).name == expected
 
 
 # --- magi_attn_extensions --------------------------------------------------------------------------------------------------------
@@ -460,6 +559,7 @@ def test_compat_install(monkeypatch):
     for name in FUNCTIONS:
         assert getattr(magi_attn_extensions, name) is getattr(magi_sink_cp, name)
     assert sorted(magi_attn_extensions.__all__) == sorted(FUNCTIONS)
+    assert importlib.util.find_spec("magi_attn_extensions") is not None
     monkeypatch.delitem(sys.modules, "magi_attn_extensions")
 
 

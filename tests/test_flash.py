@@ -6,12 +6,12 @@ import pytest
 import torch
 
 from magi_sink_cp.kernels.cpu import CpuBackend
-from magi_sink_cp.kernels.flash import FlashBackend, kernel_ready
+from magi_sink_cp.kernels.flash import NoLseGradientBackend, kernel_ready
 from magi_sink_cp.kernels.inputs import make_params
 from magi_sink_cp.kernels.protocol import Call, Partial
 
 
-class OverCpu(FlashBackend):
+class OverCpu(NoLseGradientBackend):
     """A FlashAttention backend whose kernels are the cpu backend's, without a gradient of lse."""
 
     name = "over cpu"

@@ -134,13 +134,13 @@ def test_number_of_partials(count):
         merge([nothing_seen(torch.randn(2, 1, 4))] * count)
 
 
-def sink_twice(partials, sink=None, out=None, out_dtype=None):
+def sink_twice(partials, sink=None, **options):
     doubled = None if sink is None else torch.cat([sink, sink], dim=-2)
-    return merge(partials, doubled, out, out_dtype)
+    return merge(partials, doubled, **options)
 
 
-def sink_dropped(partials, sink=None, out=None, out_dtype=None):
-    return merge(partials, None, out, out_dtype)
+def sink_dropped(partials, sink=None, **options):
+    return merge(partials, None, **options)
 
 
 @pytest.mark.parametrize("mutant", [sink_twice, sink_dropped])
@@ -155,3 +155,17 @@ def test_a_sink_counted_twice_or_not_at_all_is_noticed(monkeypatch, mutant, sink
     for name in ("out", "lse", "dq", "dsink"):
         with pytest.raises(AssertionError, match=f"{name}: relative error"):
             assert_close({name: result[name]}, expected, 1e-2)
+
+
+@pytest.mark.parametrize("function", [merge_torch, merge_triton])
+def test_rows_behind_the_last_document_are_rows_without_a_key(function):
+    """Kernels leave them unwritten: NaN there reaches neither out nor lse."""
+    out, lse = torch.randn(10, 2, 8), torch.randn(2, 10)
+    sink, cu_seqlens = torch.randn(1, 2), torch.tensor([0, 3, 7], dtype=torch.int32)
+    expected, expected_lse = merge([Partial(out[:7].clone(), lse[:, :7].clone())], sink)
+    out[7:], lse[:, 7:] = float("nan"), float("nan")
+    function([Partial(out, lse)], sink, out, lse, cu_seqlens)
+    torch.testing.assert_close(out[:7], expected)
+    torch.testing.assert_close(lse[:, :7], expected_lse)
+    assert not out[7:].any()
+    torch.testing.assert_close(lse[:, 7:], sink.T.expand(-1, 3))

@@ -23,7 +23,7 @@ from magi_sink_cp.kernels.dsink import sink_gradient
 from magi_sink_cp.kernels.inputs import check_qkv, check_sink, make_params
 from magi_sink_cp.kernels.merge import MAX_PARTIALS, merge
 from magi_sink_cp.kernels.protocol import AttentionParams, Backend, Call, Gradients, Partial, RowDelta, nothing_seen, stat_dtype
-from magi_sink_cp.kernels.registry import select_backend
+from magi_sink_cp.kernels.registry import check_backend_name, select_backend
 
 DSINK_REDUCTIONS = ("none", "sum", "avg")
 
@@ -125,6 +125,7 @@ def _check_call(
             f"window_size={tuple(window_size)} does not run across ranks yet; allowed are (-1, -1) and (-1, 0). "
             "attention_with_sink supports windows on one device"
         )
+    check_backend_name(backend)
     if dsink_reduce not in DSINK_REDUCTIONS:
         raise ValueError(f"dsink_reduce must be one of {DSINK_REDUCTIONS}, got {dsink_reduce!r}")
     if dsink_reduce != "none" and sink_layout == "ssh":

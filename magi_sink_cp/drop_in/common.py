@@ -7,13 +7,16 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from magi_sink_cp.kernels.inputs import check_lengths, check_qkv, check_sink
+from magi_sink_cp.kernels.inputs import check_cu_seqlens, check_extras, check_lengths, check_qkv, check_sink
 from magi_sink_cp.kernels.protocol import FP8, NO_EXTRAS, AttentionParams, Extras
-from magi_sink_cp.kernels.registry import DROP_IN
-from magi_sink_cp.ops import FORWARD_ONLY, Lengths, attention, make_op_call, split_inputs
+from magi_sink_cp.kernels.registry import drop_in_backend
+from magi_sink_cp.ops import Lengths, attention, make_op_call, split_inputs
 
 _DENSE = "(batch, seqlen, heads, head_dim)"
 _PACKED = "(total, heads, head_dim)"
+_NAMES = {3: ("q", "k", "v"), 2: ("q", "k of kv", "v of kv"), 1: ("q of qkv", "k of qkv", "v of qkv")}
+# What FlashAttention has a forward for, and no backward; fp8 inputs too.
+_FORWARD_ONLY = ("qv", "q_descale", "k_descale", "v_descale", "block_table")
 
 
 def dense(
@@ -29,10 +32,12 @@ def dense(
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """(out, lse, S_dmask or None) of inputs (batch, seqlen, …)."""
     q, k, v = _views(inputs, num_heads_q)
-    check_qkv(q, k, v, 4, _DENSE, fp8_allowed=family == "fa3")
+    check_qkv(q, k, v, 4, _DENSE, family == "fa3", False, _NAMES[len(inputs)])
     check_sink(sink, sink_layout, q)
+    if extras is not NO_EXTRAS:
+        check_extras(extras, q, k, v, q.shape[0])
     _check_forward_only(inputs, sink, params, extras)
-    call = make_op_call(params, DROP_IN + family, num_heads_q=num_heads_q, want_probs=want_probs)
+    call = make_op_call(params, drop_in_backend(family), num_heads_q=num_heads_q, want_probs=want_probs)
     return attention(inputs, sink, call, None, extras)
 
 
@@ -48,15 +53,20 @@ def varlen(
     want_probs: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """(out, lse, S_dmask or None) of inputs (total, …) with packed documents."""
-    for name, cu_seqlens in (("cu_seqlens_q", lengths.cu_seqlens_q), ("cu_seqlens_k", lengths.cu_seqlens_k)):
-        if cu_seqlens is None:
-            raise TypeError(f"{name} must be a torch.Tensor of the offsets of packed documents, got None")
     q, k, v = _views(inputs, 0)
-    check_qkv(q, k, v, 3, _PACKED, fp8_allowed=family == "fa3", paged=extras.block_table is not None)
+    check_qkv(q, k, v, 3, _PACKED, family == "fa3", extras.block_table is not None, _NAMES[len(inputs)])
     check_sink(sink, sink_layout, q)
+    if len(inputs) == 1:
+        check_cu_seqlens(lengths.cu_seqlens_q, "cu_seqlens", q.device)
+    for name, cu_seqlens in (("cu_seqlens_q", lengths.cu_seqlens_q), ("cu_seqlens_k", lengths.cu_seqlens_k)):
+        check_cu_seqlens(cu_seqlens, name, q.device)
     check_lengths(q, k, **lengths._asdict())
+    if want_probs and (lengths.max_seqlen_q is None or lengths.max_seqlen_k is None):
+        raise ValueError("return_attn_probs=True needs max_seqlen_q and max_seqlen_k, which give S_dmask its shape; got None")
+    if extras is not NO_EXTRAS:
+        check_extras(extras, q, k, v, lengths.cu_seqlens_q.shape[0] - 1)
     _check_forward_only(inputs, sink, params, extras)
-    return attention(inputs, sink, make_op_call(params, DROP_IN + family, want_probs=want_probs), lengths, extras)
+    return attention(inputs, sink, make_op_call(params, drop_in_backend(family), want_probs=want_probs), lengths, extras)
 
 
 def check_packed(name: str, x: Tensor, num_dims: int, shape_text: str, slices: int) -> None:
@@ -65,6 +75,11 @@ def check_packed(name: str, x: Tensor, num_dims: int, shape_text: str, slices: i
         raise TypeError(f"{name} must be a torch.Tensor, got {type(x).__name__}")
     if x.dim() != num_dims or x.shape[-3] != slices:
         raise ValueError(f"{name} must have shape {shape_text}, got {tuple(x.shape)}")
+
+
+def make_extras(**tensors: Tensor | None) -> Extras:
+    """The optional tensors, by their names in :class:`Extras`; unchecked."""
+    return NO_EXTRAS if all(x is None for x in tensors.values()) else Extras(**tensors)
 
 
 def refuse(**given: object) -> None:
@@ -85,10 +100,10 @@ def _check_forward_only(inputs: Sequence[Tensor], sink: Tensor | None, params: A
     """Refuse what FlashAttention has no backward for, where a gradient would be asked for."""
     if extras is NO_EXTRAS and params.attention_chunk == 0 and inputs[0].dtype != FP8:
         return
-    tensors = (*inputs, sink, extras.qv, extras.alibi_slopes)
-    if not (torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors)):
+    others = () if extras is NO_EXTRAS else tuple(vars(extras).values())
+    if not (torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in (*inputs, sink, *others))):
         return
-    given = [name for name in FORWARD_ONLY if getattr(extras, name, None) is not None]
+    given = [name for name in _FORWARD_ONLY if getattr(extras, name) is not None]
     given += ["attention_chunk"] * (params.attention_chunk > 0) + ["fp8 inputs"] * (inputs[0].dtype == FP8)
     if given:
         raise ValueError(

@@ -9,13 +9,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from magi_sink_cp.drop_in.common import check_packed, dense, varlen
+from magi_sink_cp.drop_in.common import check_packed, dense, make_extras, varlen
 from magi_sink_cp.kernels.inputs import make_params
-from magi_sink_cp.kernels.protocol import NO_EXTRAS, AttentionParams, Extras
+from magi_sink_cp.kernels.protocol import AttentionParams, Extras
 from magi_sink_cp.ops import Lengths
 
 _Result = Tensor | tuple[Tensor, Tensor, Tensor]
@@ -65,7 +64,7 @@ def fa2_func_with_sink(
         TypeError, ValueError: before any kernel runs: an invalid argument, or something the kernels at hand cannot do.
     """
     params = _params(q, dropout_p, softmax_scale, causal, window_size, softcap, deterministic, return_attn_probs)
-    extras = _extras(q, alibi_slopes, None, None)
+    extras = make_extras(alibi_slopes=alibi_slopes)
     return _run_dense((q, k, v), sink, sink_layout, params, extras, return_attn_probs)
 
 
@@ -93,8 +92,9 @@ def fa2_varlen_func_with_sink(
 
     Args:
         q: (total_q, h, d); k, v: (total_k, h_kv, d), or with block_table pages (pages, page size, h_kv, d).
-        cu_seqlens_q, cu_seqlens_k: int32 (documents + 1,) offsets, on the device of q. CUDA offsets are trusted, as FlashAttention
-            does: nothing here waits for the GPU.
+        cu_seqlens_q, cu_seqlens_k: int32 (documents + 1,) offsets, on the device of q. They end at total_q and total_k.
+            CUDA offsets are not read by the host, as in FlashAttention: nothing here waits for the GPU. Rows behind the last
+            document then count as rows without a key, so that dsink is right; their dq is unspecified.
         max_seqlen_q, max_seqlen_k: longest document, at least. None reads it from the offsets (on a GPU this waits once a tensor).
         sink: (s_sink, h), or with sink_layout="ssh" (total_q, s_sink, h).
         alibi_slopes: fp32 (h,) or (documents, h).
@@ -103,7 +103,7 @@ def fa2_varlen_func_with_sink(
     The others, the errors and the results are as in :func:`fa2_func_with_sink`; softmax_lse is (h, total_q).
     """
     params = _params(q, dropout_p, softmax_scale, causal, window_size, softcap, deterministic, return_attn_probs)
-    extras = _extras(q, alibi_slopes, block_table, cu_seqlens_q)
+    extras = make_extras(alibi_slopes=alibi_slopes, block_table=block_table)
     lengths = Lengths(cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
     return _run_varlen((q, k, v), lengths, sink, sink_layout, params, extras, return_attn_probs)
 
@@ -128,7 +128,7 @@ def fa2_qkvpacked_func_with_sink(
     """
     check_packed("qkv", qkv, 5, "(batch, seqlen, 3, heads, head_dim)", 3)
     params = _params(qkv, dropout_p, softmax_scale, causal, window_size, softcap, deterministic, return_attn_probs)
-    extras = _extras(qkv, alibi_slopes, None, None)
+    extras = make_extras(alibi_slopes=alibi_slopes)
     return _run_dense((qkv,), sink, sink_layout, params, extras, return_attn_probs)
 
 
@@ -153,7 +153,7 @@ def fa2_kvpacked_func_with_sink(
     """
     check_packed("kv", kv, 5, "(batch, seqlen, 2, heads_kv, head_dim)", 2)
     params = _params(q, dropout_p, softmax_scale, causal, window_size, softcap, deterministic, return_attn_probs)
-    extras = _extras(q, alibi_slopes, None, None)
+    extras = make_extras(alibi_slopes=alibi_slopes)
     return _run_dense((q, kv), sink, sink_layout, params, extras, return_attn_probs)
 
 
@@ -179,7 +179,7 @@ def fa2_varlen_qkvpacked_func_with_sink(
     """
     check_packed("qkv", qkv, 4, "(total, 3, heads, head_dim)", 3)
     params = _params(qkv, dropout_p, softmax_scale, causal, window_size, softcap, deterministic, return_attn_probs)
-    extras = _extras(qkv, alibi_slopes, None, cu_seqlens)
+    extras = make_extras(alibi_slopes=alibi_slopes)
     lengths = Lengths(cu_seqlens, cu_seqlens, max_seqlen, max_seqlen)
     return _run_varlen((qkv,), lengths, sink, sink_layout, params, extras, return_attn_probs)
 
@@ -209,7 +209,7 @@ def fa2_varlen_kvpacked_func_with_sink(
     """
     check_packed("kv", kv, 4, "(total, 2, heads_kv, head_dim)", 2)
     params = _params(q, dropout_p, softmax_scale, causal, window_size, softcap, deterministic, return_attn_probs)
-    extras = _extras(q, alibi_slopes, None, cu_seqlens_q)
+    extras = make_extras(alibi_slopes=alibi_slopes)
     lengths = Lengths(cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
     return _run_varlen((q, kv), lengths, sink, sink_layout, params, extras, return_attn_probs)
 
@@ -232,24 +232,6 @@ def _params(
             "use attention_with_sink(..., return_lse=True), or a fa3_* or fa4_* function"
         )
     return params
-
-
-def _extras(q: Tensor, alibi_slopes: Tensor | None, block_table: Tensor | None, cu_seqlens_q: Tensor | None) -> Extras:
-    if alibi_slopes is None and block_table is None:
-        return NO_EXTRAS
-    documents = q.shape[0] if cu_seqlens_q is None else cu_seqlens_q.shape[0] - 1
-    for name, x, dtype, shapes in (
-        ("alibi_slopes", alibi_slopes, torch.float32, ((q.shape[-2],), (documents, q.shape[-2]))),
-        ("block_table", block_table, torch.int32, ((documents, -1),)),
-    ):
-        if x is None:
-            continue
-        fits = isinstance(x, Tensor) and x.dtype == dtype and x.device == q.device
-        if not fits or not any(x.dim() == len(s) and all(a in (b, -1) for a, b in zip(s, x.shape, strict=True)) for s in shapes):
-            given = f"{x.dtype} {tuple(x.shape)} on {x.device}" if isinstance(x, Tensor) else repr(x)
-            allowed = " or ".join(str(shape).replace("-1", "blocks") for shape in shapes)
-            raise ValueError(f"{name} must be {dtype} {allowed} on {q.device}, got {given}")
-    return Extras(alibi_slopes=alibi_slopes, block_table=block_table)
 
 
 def _run_dense(

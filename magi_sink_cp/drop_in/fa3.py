@@ -8,12 +8,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import torch
 from torch import Tensor
 
-from magi_sink_cp.drop_in.common import check_packed, dense, varlen
+from magi_sink_cp.drop_in.common import check_packed, dense, make_extras, varlen
 from magi_sink_cp.kernels.inputs import make_params
-from magi_sink_cp.kernels.protocol import FP8, NO_EXTRAS, Extras
 from magi_sink_cp.ops import Lengths
 
 
@@ -67,13 +65,12 @@ def fa3_func_with_sink(
     Raises:
         TypeError, ValueError: before any kernel runs: an invalid argument, something the kernels cannot do, or no FlashAttention-3.
     """
-    _check_fp8(q, q_descale, k_descale, v_descale)
     head_dim = _scale_dim(q, v, qv)
     params = make_params(
         head_dim, softmax_scale, causal, window_size, softcap, deterministic,
         attention_chunk=attention_chunk, num_splits=num_splits, pack_gqa=pack_gqa, sm_margin=sm_margin,
     )  # fmt: skip
-    extras = _extras(q, k, v, qv, q_descale, k_descale, v_descale, None)
+    extras = make_extras(qv=qv, q_descale=q_descale, k_descale=k_descale, v_descale=v_descale)
     out, lse, _ = dense("fa3", (q, k, v), sink, sink_layout, params, extras=extras)
     return (out, lse) if return_attn_probs else out
 
@@ -109,8 +106,9 @@ def fa3_varlen_func_with_sink(
 
     Args:
         q: (total_q, h, d); k: (total_k, h_kv, d); v: (total_k, h_kv, d_v).
-        cu_seqlens_q, cu_seqlens_k: int32 (documents + 1,) offsets, on the device of q. CUDA offsets are trusted, as FlashAttention
-            does: nothing here waits for the GPU.
+        cu_seqlens_q, cu_seqlens_k: int32 (documents + 1,) offsets, on the device of q. They end at total_q and total_k.
+            CUDA offsets are not read by the host, as in FlashAttention: nothing here waits for the GPU. Rows behind the last
+            document then count as rows without a key, so that dsink is right; their dq is unspecified.
         max_seqlen_q, max_seqlen_k: longest document, at least. None reads it from the offsets (on a GPU this waits once a tensor).
         sink: (s_sink, h), or with sink_layout="ssh" (total_q, s_sink, h).
         seqused_q, seqused_k: int32 (documents,): only so many rows and keys of each document exist. Other rows are rows without
@@ -119,13 +117,12 @@ def fa3_varlen_func_with_sink(
 
     The others, the errors and out (total_q, h, d_v) are as in :func:`fa3_func_with_sink`; softmax_lse is fp32 (h, total_q).
     """
-    _check_fp8(q, q_descale, k_descale, v_descale)
     head_dim = _scale_dim(q, v, qv)
     params = make_params(
         head_dim, softmax_scale, causal, window_size, softcap, deterministic,
         attention_chunk=attention_chunk, num_splits=num_splits, pack_gqa=pack_gqa, sm_margin=sm_margin,
     )  # fmt: skip
-    extras = _extras(q, k, v, qv, q_descale, k_descale, v_descale, cu_seqlens_q)
+    extras = make_extras(qv=qv, q_descale=q_descale, k_descale=k_descale, v_descale=v_descale)
     lengths = Lengths(cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, seqused_q, seqused_k)
     out, lse, _ = varlen("fa3", (q, k, v), sink, sink_layout, params, lengths, extras=extras)
     return (out, lse) if return_attn_probs else out
@@ -165,13 +162,11 @@ def fa3_qkvpacked_func_with_sink(
         check_packed("qkv", qkv, 5, "(batch, seqlen, 3, heads, head_dim), or (batch, seqlen, heads + 2 heads_kv, head_dim)", 3)
         if num_heads_q is not None:
             raise ValueError(f"num_heads_q is for a 4-dimensional qkv, got num_heads_q={num_heads_q} with qkv {tuple(qkv.shape)}")
-    _check_fp8(qkv, q_descale, k_descale, v_descale)
     params = make_params(
         qkv.shape[-1], softmax_scale, causal, window_size, softcap, deterministic,
         attention_chunk=attention_chunk, sm_margin=sm_margin,
     )  # fmt: skip
-    heads_kv = qkv.shape[-2] if num_heads_q is None else (qkv.shape[-2] - num_heads_q) // 2
-    extras = _make_extras((qkv.shape[0], heads_kv), qkv.device, None, q_descale, k_descale, v_descale)
+    extras = make_extras(q_descale=q_descale, k_descale=k_descale, v_descale=v_descale)
     out, lse, _ = dense("fa3", (qkv,), sink, sink_layout, params, num_heads_q=num_heads_q or 0, extras=extras)
     return (out, lse) if return_attn_probs else out
 
@@ -186,55 +181,8 @@ def _check_num_heads_q(qkv: Tensor, num_heads_q: int | None) -> None:
         )
 
 
-def _check_fp8(x: Tensor, *descales: Tensor | None) -> None:
-    if isinstance(x, Tensor) and x.dtype != FP8 and any(descale is not None for descale in descales):
-        raise ValueError(f"q_descale, k_descale and v_descale belong to {FP8} inputs, and these are {x.dtype}")
-
-
 def _scale_dim(q: Tensor, v: Tensor, qv: Tensor | None) -> int:
     """What the default softmax_scale is the inverse root of; 1 for inputs that are about to be refused."""
     if not isinstance(q, Tensor) or not isinstance(v, Tensor) or q.dim() == 0 or v.dim() == 0:
         return 1
     return max(1, q.shape[-1] + (0 if qv is None else v.shape[-1]))
-
-
-def _extras(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    qv: Tensor | None,
-    q_descale: Tensor | None,
-    k_descale: Tensor | None,
-    v_descale: Tensor | None,
-    cu_seqlens_q: Tensor | None,
-) -> Extras:
-    if qv is None and q_descale is None and k_descale is None and v_descale is None:
-        return NO_EXTRAS
-    if qv is not None and (
-        not isinstance(qv, Tensor) or qv.dtype != q.dtype or qv.device != q.device or qv.shape != (*q.shape[:-1], v.shape[-1])
-    ):
-        given = f"{qv.dtype} {tuple(qv.shape)} on {qv.device}" if isinstance(qv, Tensor) else repr(qv)
-        raise ValueError(f"qv must be {q.dtype} {(*q.shape[:-1], v.shape[-1])} on {q.device}, got {given}")
-    documents = q.shape[0] if cu_seqlens_q is None else cu_seqlens_q.shape[0] - 1
-    return _make_extras((documents, k.shape[-2]), q.device, qv, q_descale, k_descale, v_descale)
-
-
-def _make_extras(
-    shape: tuple[int, int],
-    device: torch.device,
-    qv: Tensor | None,
-    q_descale: Tensor | None,
-    k_descale: Tensor | None,
-    v_descale: Tensor | None,
-) -> Extras:
-    if qv is None and q_descale is None and k_descale is None and v_descale is None:
-        return NO_EXTRAS
-    for name, x in (("q_descale", q_descale), ("k_descale", k_descale), ("v_descale", v_descale)):
-        if x is None:
-            continue
-        if not isinstance(x, Tensor) or x.dtype != torch.float32 or x.device != device or tuple(x.shape) != shape:
-            given = f"{x.dtype} {tuple(x.shape)} on {x.device}" if isinstance(x, Tensor) else repr(x)
-            raise ValueError(
-                f"{name} must be fp32 {shape} on {device}, one for each batch entry or document and key head, got {given}"
-            )
-    return Extras(qv=qv, q_descale=q_descale, k_descale=k_descale, v_descale=v_descale)

@@ -44,6 +44,8 @@ def fa4_func_with_sink(
     block_sparse_tensors: Any = None,
     block_sparse_tensors_bwd: Any = None,
     return_lse: bool = False,
+    gather_bwd_recompute_p: bool = False,
+    gather_bwd_token_chunk: int | None = None,
     *,
     return_attn_probs: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor]:
@@ -65,7 +67,8 @@ def fa4_func_with_sink(
         num_splits, pack_gqa: the kernel's division of work, as in FlashAttention-4.
         deterministic: the backward gives the same bits in every run.
         qv, gather_kv_indices, score_mod, score_mod_bwd, mask_mod, aux_tensors, aux_scalars, block_sparse_tensors,
-            block_sparse_tensors_bwd: FlashAttention-4's other masks and scores, which must stay None here.
+            block_sparse_tensors_bwd, gather_bwd_recompute_p, gather_bwd_token_chunk: FlashAttention-4's other masks and
+            scores, which must stay None (or False) here.
         return_lse, return_attn_probs: either also returns lse.
 
     Returns:
@@ -78,9 +81,10 @@ def fa4_func_with_sink(
     refuse(
         qv=qv, gather_kv_indices=gather_kv_indices, score_mod=score_mod, score_mod_bwd=score_mod_bwd, mask_mod=mask_mod,
         aux_tensors=aux_tensors, aux_scalars=aux_scalars, block_sparse_tensors=block_sparse_tensors,
-        block_sparse_tensors_bwd=block_sparse_tensors_bwd,
+        block_sparse_tensors_bwd=block_sparse_tensors_bwd, gather_bwd_recompute_p=gather_bwd_recompute_p or None,
+        gather_bwd_token_chunk=gather_bwd_token_chunk,
     )  # fmt: skip
-    sink = _one_sink(sink, learnable_sink)
+    sink = _one_sink(q, sink, learnable_sink)
     params = _params(q, softmax_scale, causal, window_size, softcap, num_splits, pack_gqa, deterministic)
     out, lse, _ = dense("fa4", (q, k, v), sink, sink_layout, params)
     return (out, lse) if return_lse or return_attn_probs else out
@@ -120,6 +124,8 @@ def fa4_varlen_func_with_sink(
     scheduler_metadata: Any = None,
     seqlen_k_per_split: int | None = None,
     disable_scheduler_metadata: bool = False,
+    gather_bwd_recompute_p: bool = False,
+    gather_bwd_token_chunk: int | None = None,
     *,
     return_attn_probs: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor]:
@@ -127,13 +133,13 @@ def fa4_varlen_func_with_sink(
 
     Args:
         q: (total_q, h, d); k, v: (total_k, h_kv, d).
-        cu_seqlens_q, cu_seqlens_k: int32 (documents + 1,) offsets, on the device of q. CUDA offsets are trusted, as FlashAttention
-            does.
+        cu_seqlens_q, cu_seqlens_k: int32 (documents + 1,) offsets, on the device of q. They end at total_q and total_k.
+            CUDA offsets are not read by the host, as in FlashAttention.
         max_seqlen_q, max_seqlen_k: longest document, at least. None reads it from the offsets (on a GPU this waits once a tensor).
         sink: (s_sink, h), or with sink_layout="ssh" (total_q, s_sink, h).
         qv, min_seqlen_k, seqused_q, seqused_k, gather_kv_indices, page_table, score_mod, score_mod_bwd, mask_mod,
-            block_sparse_tensors, aux_tensors, aux_scalars, scheduler_metadata, seqlen_k_per_split: FlashAttention-4's, which must
-            stay None here, and disable_scheduler_metadata False.
+            block_sparse_tensors, aux_tensors, aux_scalars, scheduler_metadata, seqlen_k_per_split, disable_scheduler_metadata,
+            gather_bwd_recompute_p, gather_bwd_token_chunk: FlashAttention-4's, which must stay None (or False) here.
 
     The others, the errors and out (total_q, h, d) are as in :func:`fa4_func_with_sink`; lse is fp32 (h, total_q).
     """
@@ -142,23 +148,27 @@ def fa4_varlen_func_with_sink(
         page_table=page_table, score_mod=score_mod, score_mod_bwd=score_mod_bwd, mask_mod=mask_mod,
         block_sparse_tensors=block_sparse_tensors, aux_tensors=aux_tensors, aux_scalars=aux_scalars,
         scheduler_metadata=scheduler_metadata, seqlen_k_per_split=seqlen_k_per_split,
-        disable_scheduler_metadata=disable_scheduler_metadata or None,
+        disable_scheduler_metadata=disable_scheduler_metadata or None, gather_bwd_recompute_p=gather_bwd_recompute_p or None,
+        gather_bwd_token_chunk=gather_bwd_token_chunk,
     )  # fmt: skip
-    sink = _one_sink(sink, learnable_sink)
+    sink = _one_sink(q, sink, learnable_sink)
     params = _params(q, softmax_scale, causal, window_size, softcap, num_splits, pack_gqa, deterministic)
     lengths = Lengths(cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)  # type: ignore[arg-type]
     out, lse, _ = varlen("fa4", (q, k, v), sink, sink_layout, params, lengths)
     return (out, lse) if return_lse or return_attn_probs else out
 
 
-def _one_sink(sink: Tensor | None, learnable_sink: Tensor | None) -> Tensor | None:
+def _one_sink(q: Tensor, sink: Tensor | None, learnable_sink: Tensor | None) -> Tensor | None:
     if learnable_sink is None:
         return sink
     if sink is not None:
         raise ValueError("sink and learnable_sink are two names for the same logits; give one of them")
-    if not isinstance(learnable_sink, Tensor) or learnable_sink.dim() != 1:
+    heads = q.shape[-2] if isinstance(q, Tensor) and q.dim() > 1 else None
+    if not isinstance(learnable_sink, Tensor) or learnable_sink.dim() != 1 or heads not in (None, learnable_sink.shape[0]):
         given = tuple(learnable_sink.shape) if isinstance(learnable_sink, Tensor) else learnable_sink
-        raise ValueError(f"learnable_sink must be a tensor (heads,), got {given!r}; other shapes go into sink")
+        raise ValueError(
+            f"learnable_sink must be a tensor (heads,), heads being those of q, {heads}; got {given!r}. Others go into sink"
+        )
     return learnable_sink.unsqueeze(0)
 
 

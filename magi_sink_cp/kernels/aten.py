@@ -5,11 +5,18 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from magi_sink_cp.kernels.flash import FlashBackend, flash_2_lse, kernel_ready, normalise_empty_rows
-from magi_sink_cp.kernels.protocol import Call, Dropout, Gradients, Partial, Varlen, store
+from magi_sink_cp.kernels.flash import (
+    NoLseGradientBackend,
+    check_flash_2_window,
+    flash_2_lse,
+    flash_2_maxima,
+    kernel_ready,
+    normalise_empty_rows,
+)
+from magi_sink_cp.kernels.protocol import Call, Dropout, Gradients, Partial, store
 
 
-class AtenBackend(FlashBackend):
+class AtenBackend(NoLseGradientBackend):
     """torch.ops.aten._flash_attention_forward / _backward. They report lse = +inf for rows without a key: -inf here."""
 
     name = "aten"
@@ -27,10 +34,11 @@ class AtenBackend(FlashBackend):
         return f"aten (PyTorch's FlashAttention-2, torch {torch.__version__})"
 
     def _forward(self, q: Tensor, k: Tensor, v: Tensor, call: Call, out: Tensor | None, want_probs: bool) -> Partial:
+        check_flash_2_window(q, k, call)
         q, k, v = (kernel_ready(x) for x in (q, k, v))
         dropout_p = call.params.dropout_p
         result, lse, rng_state, _, attn_probs = torch.ops.aten._flash_attention_forward(
-            q, k, v, *_lengths(q, k, call.varlen), dropout_p, call.params.causal, want_probs, **_mask(call)
+            q, k, v, *_lengths(q, k, call), dropout_p, call.params.causal, want_probs, **_mask(call)
         )
         dropout = Dropout(rng_state, attn_probs) if dropout_p > 0 else None
         return Partial(result, normalise_empty_rows(lse), dropout=dropout)
@@ -48,7 +56,7 @@ class AtenBackend(FlashBackend):
             v,
             saved.out,
             lse,
-            *_lengths(q, k, call.varlen),
+            *_lengths(q, k, call),
             params.dropout_p,
             params.causal,
             rng_state,
@@ -65,12 +73,10 @@ class AtenBackend(FlashBackend):
         return store(Gradients(dq, dk, dv, None), into)
 
 
-def _lengths(q: Tensor, k: Tensor, varlen: Varlen | None) -> tuple[Tensor | None, Tensor | None, int, int]:
-    if varlen is None:
+def _lengths(q: Tensor, k: Tensor, call: Call) -> tuple[Tensor | None, Tensor | None, int, int]:
+    if call.varlen is None:
         return None, None, q.shape[1], k.shape[1]
-    # With max_seqlen_q = 1 the operator assumes that every document has one row and reshapes q for it; a zero-row document breaks
-    # that. It is only an upper bound.
-    return varlen.cu_seqlens_q, varlen.cu_seqlens_k, max(2, varlen.max_seqlen_q), varlen.max_seqlen_k
+    return call.varlen.cu_seqlens_q, call.varlen.cu_seqlens_k, *flash_2_maxima(call.varlen, call.params.window_size)
 
 
 def _mask(call: Call) -> dict[str, float | int | None]:

@@ -183,6 +183,7 @@ def _sink_gradient_kernel(  # type: ignore[no-untyped-def]
                 high = tl.where(starts_before, high, middle - 1)
                 width = width // 2
             start = tl.load(cu_seqlens_ptr + low, mask=has_delta, other=0).to(tl.int64)
+            has_delta &= row < tl.load(cu_seqlens_ptr + num_documents)  # kernels leave other rows unwritten
             column = row - start + (start + low * DELTA_BLOCK) // DELTA_BLOCK * DELTA_BLOCK
         delta = tl.load(delta_ptr + batch * delta_stride[0] + head * delta_stride[1] + column, mask=has_delta, other=0.0)
     else:

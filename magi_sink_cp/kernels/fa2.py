@@ -12,7 +12,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from magi_sink_cp.kernels.flash import FlashBackend, flash_2_lse, kernel_ready, mask_and_scores, new_gradients, normalise_empty_rows
+from magi_sink_cp.kernels.flash import (
+    NoLseGradientBackend,
+    check_flash_2_window,
+    flash_2_lse,
+    flash_2_maxima,
+    kernel_ready,
+    mask_and_scores,
+    new_gradients,
+    normalise_empty_rows,
+)
 from magi_sink_cp.kernels.protocol import Call, Dropout, Gradients, Partial
 
 _MODULE = "flash_attn.flash_attn_interface"
@@ -36,7 +45,7 @@ class _Library:
     varlen_backward: Any
 
 
-class Fa2Backend(FlashBackend):
+class Fa2Backend(NoLseGradientBackend):
     """flash_attn's kernels. They report lse = +inf for rows without a key: -inf here."""
 
     name = "fa2"
@@ -51,10 +60,16 @@ class Fa2Backend(FlashBackend):
             return str(error)
         return None
 
+    def unsupported(self, q: Tensor, call: Call, head_dim_v: int | None = None) -> str | None:
+        if call.params.softcap > 0 and call.params.dropout_p > 0:
+            return f"it has softcap or dropout, not both; got softcap={call.params.softcap} and dropout_p={call.params.dropout_p}"
+        return super().unsupported(q, call, head_dim_v)
+
     def describe(self) -> str:
         return f"fa2 (flash_attn {_library().version})"
 
     def _forward(self, q: Tensor, k: Tensor, v: Tensor, call: Call, out: Tensor | None, want_probs: bool) -> Partial:
+        check_flash_2_window(q, k, call)
         library, arguments = _library(), _common(call) | {"return_softmax": want_probs}
         q, k, v = (kernel_ready(x) for x in (q, k, v))
         if call.varlen is None:
@@ -63,7 +78,8 @@ class Fa2Backend(FlashBackend):
             result, lse, attn_probs, rng_state = library.varlen_forward(q, k, v, **arguments, block_table=call.extras.block_table)
         dropout = None
         if call.params.dropout_p > 0:
-            dropout = Dropout(rng_state, q.new_empty(0) if attn_probs is None else attn_probs)
+            # int64 here, uint64 in PyTorch's own: the operator promises the latter.
+            dropout = Dropout(rng_state.view(torch.uint64), q.new_empty(0) if attn_probs is None else attn_probs)
         return Partial(result, normalise_empty_rows(lse), dropout=dropout)
 
     def _kernel_backward(
@@ -71,7 +87,7 @@ class Fa2Backend(FlashBackend):
     ) -> Gradients:
         library = _library()
         dq, dk, dv = new_gradients(q, k, v) if into is None else (into.dq, into.dk, into.dv)
-        rng_state = None if saved.dropout is None else saved.dropout.rng_state
+        rng_state = None if saved.dropout is None else saved.dropout.rng_state.view(torch.int64)
         backward = library.backward if call.varlen is None else library.varlen_backward
         backward(
             dout, q, k, v, saved.out, flash_2_lse(saved.lse), dq=dq, dk=dk, dv=dv,
@@ -95,11 +111,12 @@ def _common(call: Call) -> dict[str, Any]:
         "alibi_slopes": call.extras.alibi_slopes,
     }
     if call.varlen is not None:
+        max_q, max_k = flash_2_maxima(call.varlen, call.params.window_size)
         arguments |= {
             "cu_seqlens_q": call.varlen.cu_seqlens_q,
             "cu_seqlens_k": call.varlen.cu_seqlens_k,
-            "max_seqlen_q": call.varlen.max_seqlen_q,
-            "max_seqlen_k": call.varlen.max_seqlen_k,
+            "max_seqlen_q": max_q,
+            "max_seqlen_k": max_k,
         }
     return arguments
 
@@ -115,7 +132,7 @@ def _library() -> _Library:
     try:
         module = importlib.import_module(_MODULE)
         version = importlib.import_module("flash_attn").__version__
-    except (ImportError, AttributeError) as error:
+    except Exception as error:  # whatever a broken installation raises, it is the reason
         raise _NotUsableError(f"flash_attn is installed but does not load: {error}") from error
     if not version.startswith(_VERSIONS):
         raise _NotUsableError(f"flash_attn {' and '.join(_VERSIONS)} are supported, and {version} is installed")

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from magi_sink_cp.kernels.flash import FlashBackend, hide_unused_rows, kernel_ready, mask_and_scores, new_gradients
+from magi_sink_cp.kernels.flash import NoLseGradientBackend, hide_unused_rows, kernel_ready, mask_and_scores, new_gradients
 from magi_sink_cp.kernels.protocol import FP8, AttentionParams, Call, Extras, Gradients, Partial, RowDelta, Varlen
 
 INSTALL_HINT = (
@@ -35,6 +35,8 @@ _COMMON_ARGUMENTS = (
 _FORWARD_ARGUMENTS = (*_COMMON_ARGUMENTS, "out", "attention_chunk", "num_splits", "pack_gqa", "q_descale", "k_descale", "v_descale")
 _BACKWARD_ARGUMENTS = (*_COMMON_ARGUMENTS, "dq", "dk", "dv", "deterministic")
 
+# What backward_block can be.
+_BLOCKS = (64, 80, 96, 128)
 # Where softmax_d stands among the tensors that bwd returns, by how many it returns: older builds return dq, dk, dv before it.
 _SOFTMAX_D_INDEX = {8: 3, 5: 0}
 
@@ -58,7 +60,7 @@ class _Library:
     qv_name: str
 
 
-class Fa3Backend(FlashBackend):
+class Fa3Backend(NoLseGradientBackend):
     """torch.ops.flash_attn_3.{fwd, bwd}. The backward hands over its softmax_d, which is delta."""
 
     name = "fa3"
@@ -85,8 +87,18 @@ class Fa3Backend(FlashBackend):
         for feature, wanted in (("softcap", call.params.softcap > 0), ("fp8", q.dtype == FP8)):
             if wanted and not _library().is_whole:
                 return f"the FlashAttention-3 build of {_library().source} has no {feature}"
-        if call.params.deterministic and q.shape[-1] > 192:
-            return f"its deterministic backward takes a head_dim of at most 192, and q has {q.shape[-1]}"
+        head_dim, other = q.shape[-1], head_dim_v or q.shape[-1]
+        if call.params.deterministic and max(head_dim, other) > 192:
+            return f"its deterministic backward takes a head_dim of at most 192, and q has {head_dim}, v {other}"
+        if other != head_dim and not (head_dim <= 64 or (128 < head_dim <= 192 and 96 < other <= 128)):
+            return (
+                "it takes v with a head_dim of its own where that of q is at most 64, or above 128 up to 192 and that of v above "
+                f"96 up to 128; q has {head_dim}, v {other}"
+            )
+        if call.extras.qv is not None and (head_dim > 64 or other < 256):
+            return f"it takes qv where head_dim is at most 64 and that of v at least 256; q has {head_dim}, v {other}"
+        if q.dtype == FP8 and (head_dim % 16 or other % 16):
+            return f"it takes fp8 with a head_dim that is a multiple of 16, and q has {head_dim}, v {other}"
         return super().unsupported(q, call, head_dim_v)
 
     def describe(self) -> str:
@@ -122,7 +134,8 @@ class Fa3Backend(FlashBackend):
             dout, q, k, v, saved.out, saved.lse, dq=dq, dk=dk, dv=dv, deterministic=params.deterministic, **_common(call)
         )
         known = not shortened and q.shape[-1] == v.shape[-1]
-        return Gradients(dq, dk, dv, _row_delta(returned[library.softmax_d_index], q, params, varlen) if known else None)
+        softmax_d = returned[library.softmax_d_index]
+        return Gradients(dq, dk, dv, _row_delta(softmax_d, q, params, varlen, not library.is_whole) if known else None)
 
 
 def _common(call: Call) -> dict[str, Any]:
@@ -145,14 +158,21 @@ def _extras(extras: Extras, qv_name: str) -> dict[str, Tensor | None]:
     return {name: tensor for name, tensor in tensors.items() if tensor is not None}
 
 
-def _row_delta(softmax_d: Tensor, q: Tensor, params: AttentionParams, varlen: Varlen | None) -> RowDelta | None:
-    """softmax_d with its layout, or None if its padding is not the one that we know (delta is then computed from out)."""
+def _row_delta(
+    softmax_d: Tensor, q: Tensor, params: AttentionParams, varlen: Varlen | None, all_head_dims: bool
+) -> RowDelta | None:
+    """softmax_d with its layout, or None if its padding may be another than we think (delta is then computed from out).
+
+    A build may leave out head_dims, and pad with the block of a larger one; its size tells, unless two blocks have the same.
+    """
     if varlen is None:
         return RowDelta(softmax_d, q.shape[1])
     block = backward_block(q.shape[-1], varlen.max_seqlen_q, varlen.max_seqlen_k, params)
     documents = varlen.cu_seqlens_q.numel() - 1
-    padded = -(-(q.shape[0] + documents * block) // block) * block
-    return RowDelta(softmax_d, q.shape[0], block, varlen.cu_seqlens_q) if softmax_d.shape[1] == padded else None
+    sizes = {size: -(-(q.shape[0] + documents * size) // size) * size for size in _BLOCKS}
+    fitting = [size for size, padded in sizes.items() if softmax_d.shape[1] == padded]
+    known = block in fitting and (all_head_dims or len(fitting) == 1)
+    return RowDelta(softmax_d, q.shape[0], block, varlen.cu_seqlens_q) if known else None
 
 
 def backward_block(head_dim: int, max_seqlen_q: int, max_seqlen_k: int, params: AttentionParams) -> int:
@@ -193,7 +213,7 @@ def _load() -> tuple[str, bool]:
             continue
         try:
             importlib.import_module(module)
-        except ImportError as error:
+        except Exception as error:  # whatever a broken installation raises, it is the reason
             raise _NotUsableError(f"{package} is installed but does not load: {error}") from error
         if not _registered():
             raise _NotUsableError(f"{package} is installed but registers no torch.ops.flash_attn_3.fwd and bwd")
@@ -226,7 +246,7 @@ def _preload_cuda_runtime_12() -> None:
 
 
 def _is_xformers_loaded() -> bool:
-    return any("xformers" in path for path in torch.ops.loaded_libraries)
+    return any(path.endswith("xformers/flash_attn_3/_C.so") for path in torch.ops.loaded_libraries)
 
 
 def _version(distribution: str) -> str | None:

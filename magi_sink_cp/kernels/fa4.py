@@ -64,6 +64,8 @@ class Fa4Backend(FlashBackend):
     def unsupported(self, q: Tensor, call: Call, head_dim_v: int | None = None) -> str | None:
         if reason := super().unsupported(q, call, head_dim_v):
             return reason
+        if call.params.num_splits != 1 and torch.cuda.get_device_capability(q.device)[0] == 9:
+            return f"it has num_splits=1 alone on Hopper, and the call sets num_splits={call.params.num_splits}"
         known = _HEAD_DIMS[torch.cuda.get_device_capability(q.device)[0]]
         return (
             None if q.shape[-1] in known else f"it is used with a head_dim of {', '.join(map(str, known))}, and q has {q.shape[-1]}"
@@ -103,9 +105,6 @@ class Fa4Backend(FlashBackend):
     ) -> Gradients:
         dq, dk, dv = self._run_backward(dout, q, k, v, saved, call, dlse, into, None)
         return Gradients(dq, dk, dv, None)
-
-    def _kernel_backward(self, *_: Any) -> Gradients:
-        raise AssertionError("fa4 takes dlse itself, so that its _backward needs no second call")
 
     @staticmethod
     def _run_forward(q: Tensor, k: Tensor, v: Tensor, call: Call, out: Tensor | None, sink: Tensor | None) -> Partial:
@@ -173,7 +172,9 @@ def _library() -> _Library:
         if importlib.util.find_spec("flash_attn") is None or importlib.util.find_spec("flash_attn.cute") is None:
             raise _NotUsableError(f"flash_attn.cute is not installed; {INSTALL_HINT}")
         module = importlib.import_module("flash_attn.cute.interface")
-    except ImportError as error:
+    except _NotUsableError:
+        raise
+    except Exception as error:  # whatever a broken installation raises, it is the reason
         raise _NotUsableError(f"flash_attn.cute is installed but does not load: {error}; {INSTALL_HINT}") from error
     functions = []
     for name, needed in (("_flash_attn_fwd", _FORWARD_ARGUMENTS), ("_flash_attn_bwd", _BACKWARD_ARGUMENTS)):

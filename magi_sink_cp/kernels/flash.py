@@ -17,15 +17,10 @@ _INF = float("inf")
 
 
 class FlashBackend(Backend):
-    """CUDA, fp16 or bf16, head_dim a multiple of 8 up to 256."""
+    """What all of them check: CUDA, fp16 or bf16, head_dim a multiple of 8 up to 256."""
 
     dtypes: tuple[torch.dtype, ...] = (torch.float16, torch.bfloat16)
     max_head_dim_v = 0  # of kernels whose v may have another head_dim than q; the kernel says which pairs it has
-
-    @abstractmethod
-    def _kernel_backward(
-        self, dout: Tensor, q: Tensor, k: Tensor, v: Tensor, saved: Partial, call: Call, into: Gradients | None
-    ) -> Gradients: ...
 
     def unsupported(self, q: Tensor, call: Call, head_dim_v: int | None = None) -> str | None:
         if q.device.type != "cuda":
@@ -38,6 +33,15 @@ class FlashBackend(Backend):
             allowed = f"a multiple of 8, at most {self.max_head_dim_v}" if self.max_head_dim_v else "that of q"
             return f"it takes v with a head_dim that is {allowed}, and v has {head_dim_v} (q {q.shape[-1]})"
         return super().unsupported(q, call, head_dim_v)
+
+
+class NoLseGradientBackend(FlashBackend):
+    """Kernels that take no gradient of lse, and bring it by a second call."""
+
+    @abstractmethod
+    def _kernel_backward(
+        self, dout: Tensor, q: Tensor, k: Tensor, v: Tensor, saved: Partial, call: Call, into: Gradients | None
+    ) -> Gradients: ...
 
     def _backward(
         self, dout: Tensor, q: Tensor, k: Tensor, v: Tensor, saved: Partial, call: Call, dlse: Tensor | None, into: Gradients | None
@@ -93,6 +97,34 @@ def mask_and_scores(call: Call) -> dict[str, Any]:
     return {"softmax_scale": params.softmax_scale, "window_size_left": left, "window_size_right": right, "softcap": params.softcap}
 
 
+def check_flash_2_window(q: Tensor, k: Tensor, call: Call) -> None:
+    """Refuse the dense masks that FlashAttention-2 gets wrong: it takes a missing or large right limit for one of K keys.
+
+    Raises:
+        ValueError: more queries than keys, and a left limit alone, or a right limit of at least K.
+    """
+    left, right = call.params.window_size
+    num_q, num_k = q.shape[-3], k.shape[-3]
+    if call.varlen is None and ((left >= 0 and right < 0 and num_q > num_k + 1) or num_k <= right < num_q - 1):
+        raise ValueError(
+            f"FlashAttention-2 computes another mask for window_size={call.params.window_size} with {num_q} queries and {num_k} "
+            "keys. Pack the batch (cu_seqlens), which it computes right, or use FlashAttention-3"
+        )
+
+
+def flash_2_maxima(varlen: Varlen, window_size: tuple[int, int]) -> tuple[int, int]:
+    """(max_seqlen_q, max_seqlen_k) for FlashAttention-2's kernels; both are upper bounds there.
+
+    With max_seqlen_q = 1 they take it that every document has one row; a zero-row document breaks that. And they compare right
+    limits with max_seqlen_k, as check_flash_2_window says, so that it then has to be the larger one.
+    """
+    left, right = window_size
+    max_k = varlen.max_seqlen_k
+    if right > 0 or (left >= 0 and right < 0):
+        max_k = max(varlen.max_seqlen_q, max_k) + 1
+    return max(2, varlen.max_seqlen_q), max_k
+
+
 def normalise_empty_rows(lse: Tensor) -> Tensor:
     """FlashAttention-2's lse, in place, with -inf instead of +inf for rows that see no key."""
     return lse.masked_fill_(lse == _INF, -_INF)
@@ -108,7 +140,8 @@ def hide_unused_rows(out: Tensor, lse: Tensor, varlen: Varlen) -> None:
     assert varlen.seqused_q is not None, "called for a varlen with seqused_q"
     starts = varlen.cu_seqlens_q.long()
     row = torch.arange(out.shape[0], device=out.device)
-    document = torch.searchsorted(starts[1:], row, right=True)
-    unused = row - starts[document] >= varlen.seqused_q[document]
+    document = torch.searchsorted(starts[1:], row, right=True)  # one too many for rows behind the last document
+    used = torch.nn.functional.pad(varlen.seqused_q, (0, 1))
+    unused = row - starts[document] >= used[document]
     out.masked_fill_(unused[:, None, None], 0.0)
     lse.masked_fill_(unused, -_INF)

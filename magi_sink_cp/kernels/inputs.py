@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from magi_sink_cp.kernels.protocol import FP8, AttentionParams, Varlen
+from magi_sink_cp.kernels.protocol import FP8, AttentionParams, Extras, Varlen
 
 _FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 _FLOATS_AND_FP8 = (*_FLOATS, FP8)
@@ -23,17 +23,24 @@ _host_copies: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
 
 
 def check_qkv(
-    q: Tensor, k: Tensor, v: Tensor, num_dims: int, shape_text: str, fp8_allowed: bool = False, paged: bool = False
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    num_dims: int,
+    shape_text: str,
+    fp8_allowed: bool = False,
+    paged: bool = False,
+    names: Sequence[str] = ("q", "k", "v"),
 ) -> None:
-    """Rank, heads, head_dim, dtype and device of q, k and v. ``paged``: k and v are (pages, page size, H_kv, D)."""
-    for name, x in (("q", q), ("k", k), ("v", v)):
+    """Rank, heads, head_dim, dtype and device of q, k and v, called ``names``. ``paged``: k, v are (pages, page size, H_kv, D)."""
+    for name, x in zip(names, (q, k, v), strict=True):
         if not isinstance(x, Tensor):
             raise TypeError(f"{name} must be a torch.Tensor, got {type(x).__name__}")
     dtype, device = q.dtype, q.device
     dtypes = _FLOATS_AND_FP8 if fp8_allowed else _FLOATS
     shapes = q.shape, k.shape, v.shape
-    for name, x, shape in zip("qkv", (q, k, v), shapes, strict=True):
-        if paged and name != "q":
+    for name, x, shape in zip(names, (q, k, v), shapes, strict=True):
+        if paged and x is not q:
             if len(shape) != 4:
                 raise ValueError(
                     f"{name} must have 4 dimensions (pages, page size, heads, head_dim), as block_table is given, "
@@ -204,21 +211,46 @@ def check_lengths(q: Tensor, k: Tensor, cu_seqlens_q: Tensor | None, cu_seqlens_
         )
     for name in ("seqused_q", "seqused_k"):
         used = others.get(name)
-        if used is None:
-            continue
-        if (
-            not isinstance(used, Tensor)
-            or used.dtype != torch.int32
-            or used.device != q.device
-            or tuple(used.shape) != (documents,)
-        ):
-            raise ValueError(
-                f"{name} must be an int32 tensor ({documents},) on {q.device}, a length for each document, got {_describe(used)}"
-            )
+        if used is not None:
+            check_tensor(name, used, torch.int32, ((documents,),), q.device, "a length for each document")
     for name in ("max_seqlen_q", "max_seqlen_k"):
         longest = others.get(name)
+        if torch.compiler.is_compiling():  # it may depend on data, which nothing can be asked of
+            break
         if longest is not None and (not _is_int(longest) or longest < 0):
             raise ValueError(f"{name} must be an int >= 0, the longest document of cu_seqlens_{name[-1]}, got {longest!r}")
+
+
+def check_tensor(
+    name: str, x: object, dtype: torch.dtype, shapes: Sequence[tuple[object, ...]], device: torch.device, meaning: str
+) -> None:
+    """That x is a contiguous tensor of this dtype and device, with one of ``shapes``, where a str stands for any size."""
+    if isinstance(x, Tensor) and x.dtype == dtype and x.device == device and x.is_contiguous():
+        for shape in shapes:
+            if x.dim() == len(shape) and all(isinstance(b, str) or a == b for a, b in zip(x.shape, shape, strict=True)):
+                return
+    allowed = " or ".join(f"({', '.join(map(str, shape))}{',' if len(shape) == 1 else ''})" for shape in shapes)
+    raise ValueError(f"{name} must be a contiguous {dtype} tensor {allowed} on {device}, {meaning}; got {_describe(x)}")
+
+
+def check_extras(extras: Extras, q: Tensor, k: Tensor, v: Tensor, documents: int) -> None:
+    """Shapes, dtypes and devices of the tensors beside q, k and v, for a batch of, or packed, ``documents``."""
+    heads, heads_kv = q.shape[-2], k.shape[-2]
+    if extras.qv is not None:
+        check_tensor("qv", extras.qv, q.dtype, ((*q.shape[:-1], v.shape[-1]),), q.device, "like q with the head_dim of v")
+    for name in ("q_descale", "k_descale", "v_descale"):
+        descale = getattr(extras, name)
+        if descale is not None and q.dtype != FP8:
+            raise ValueError(f"{name} belongs to {FP8} inputs, and these are {q.dtype}")
+        if descale is not None:
+            check_tensor(name, descale, torch.float32, ((documents, heads_kv),), q.device, "(batch or documents, key heads)")
+    if extras.alibi_slopes is not None:
+        shapes = ((heads,), (documents, heads))
+        check_tensor("alibi_slopes", extras.alibi_slopes, torch.float32, shapes, q.device, "a slope a head")
+    if extras.block_table is not None:
+        check_tensor("block_table", extras.block_table, torch.int32, ((documents, "blocks"),), q.device, "page numbers")
+        if k.shape[1] % 256:
+            raise ValueError(f"FlashAttention-2's pages hold a multiple of 256 keys, got k {tuple(k.shape)} (pages, page size, …)")
 
 
 def make_varlen(

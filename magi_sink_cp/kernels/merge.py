@@ -23,7 +23,11 @@ MAX_PARTIALS = 4
 
 
 def merge(
-    partials: Sequence[Partial], sink: Tensor | None = None, out: Tensor | None = None, out_dtype: torch.dtype | None = None
+    partials: Sequence[Partial],
+    sink: Tensor | None = None,
+    out: Tensor | None = None,
+    out_dtype: torch.dtype | None = None,
+    cu_seqlens_q: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Merge 1 … MAX_PARTIALS partials, and the sink if given, into (out, lse).
 
@@ -33,6 +37,8 @@ def merge(
         out: where to write, (B, T, H, D) or (T, H, D). It may be the memory of the first partial at the same rows. Default:
             the first partial's own ``out`` and ``lse`` are overwritten if it covers all rows in ``out_dtype``, else new.
         out_dtype: of the result; default that of ``out``, or of the first partial.
+        cu_seqlens_q: offsets whose last entry is the number of rows that exist, if it may be smaller than T: kernels leave the
+            others unwritten, and here they are rows that saw no key.
 
     Returns:
         out, and lse (B, H, T) or (H, T) in fp32 (fp64 for fp64 partials).
@@ -51,11 +57,13 @@ def merge(
         out = first.out if in_place else first.out.new_empty(*first.out.shape[:-3], rows, *first.out.shape[-2:], dtype=out_dtype)
     if out.numel() or lse.numel():
         with on_device_of(out):
-            (merge_triton if out.is_cuda else merge_torch)(partials, sink, out, lse)
+            (merge_triton if out.is_cuda else merge_torch)(partials, sink, out, lse, cu_seqlens_q)
     return out, lse
 
 
-def merge_torch(partials: Sequence[Partial], sink: Tensor | None, out: Tensor, lse: Tensor) -> None:
+def merge_torch(
+    partials: Sequence[Partial], sink: Tensor | None, out: Tensor, lse: Tensor, cu_seqlens_q: Tensor | None = None
+) -> None:
     """The torch twin: same arguments and same result as :func:`merge_triton`."""
     dtype = stat_dtype(out.dtype)
     spans = [slice(p.start, p.start + p.out.shape[-3]) for p in partials]
@@ -63,6 +71,8 @@ def merge_torch(partials: Sequence[Partial], sink: Tensor | None, out: Tensor, l
     for partial, span in zip(partials, spans, strict=True):
         term = lse.new_full(lse.shape, float("-inf"))
         term[..., span] = partial.lse
+        if cu_seqlens_q is not None:
+            term[..., int(cu_seqlens_q[-1]) :] = float("-inf")
         terms.append(term)
     if sink is not None:
         logits = torch.logsumexp(sink.to(dtype), dim=-2)  # (H,) or (…, T, H)
@@ -77,7 +87,9 @@ def merge_torch(partials: Sequence[Partial], sink: Tensor | None, out: Tensor, l
     lse.copy_(merged)
 
 
-def merge_triton(partials: Sequence[Partial], sink: Tensor | None, out: Tensor, lse: Tensor) -> None:
+def merge_triton(
+    partials: Sequence[Partial], sink: Tensor | None, out: Tensor, lse: Tensor, cu_seqlens_q: Tensor | None = None
+) -> None:
     """Launch the Triton kernel: a program is a block of rows of one head; out may alias the first partial's rows."""
     batch = out.shape[0] if out.dim() == 4 else 1
     rows, heads, head_dim = out.shape[-3:]
@@ -91,13 +103,14 @@ def merge_triton(partials: Sequence[Partial], sink: Tensor | None, out: Tensor, 
     own_strides = (out_strides(out), lse_strides(lse), sink_strides(sink))
     kind = (
         out.device.index, head_dim, heads, rows < 2**31, starts, stops, strides, own_strides,
-        *map(pointer, (*outs, *lses, out, lse, sink)),
+        *map(pointer, (*outs, *lses, out, lse, sink, cu_seqlens_q)),
     )  # fmt: skip
     num_sinks = 0 if sink is None else sink.shape[-2]
-    sizes = (rows, heads, num_sinks, len(partials), head_dim, block_dim, block_rows)
-    _launch_merge(
-        heads * -(-rows // block_rows) * batch, kind, (outs, lses, starts, stops, *strides, out, lse, sink, *own_strides, *sizes)
-    )
+    documents = 0 if cu_seqlens_q is None else cu_seqlens_q.shape[0] - 1
+    sizes = (rows, heads, num_sinks, documents, len(partials), head_dim, block_dim, block_rows)
+    tensors = (out, lse, sink, cu_seqlens_q)
+    programs = heads * -(-rows // block_rows) * batch
+    _launch_merge(programs, kind, (outs, lses, starts, stops, *strides, *tensors, *own_strides, *sizes))
 
 
 def out_strides(x: Tensor) -> tuple[int, int, int]:
@@ -121,7 +134,7 @@ def sink_strides(sink: Tensor | None) -> tuple[int, int, int, int]:
 
 
 # A new token or sink count must not compile the kernel again.
-@triton.jit(do_not_specialize=["num_rows", "num_sinks"])
+@triton.jit(do_not_specialize=["num_rows", "num_sinks", "num_documents"])
 def _merge_kernel(  # type: ignore[no-untyped-def]
     outs,  # per partial (B, rows, H, D), any float dtype
     lses,  # per partial (B, H, rows), fp32
@@ -132,12 +145,14 @@ def _merge_kernel(  # type: ignore[no-untyped-def]
     out_ptr,  # (B, T, H, D)
     lse_ptr,  # (B, H, T), fp32
     sink_ptr,  # (…, s_sink, H) or None
+    cu_seqlens_ptr,  # (documents + 1,) or None, which is: all rows exist
     out_stride,
     lse_stride,
     sink_stride,
     num_rows,
     num_heads,
     num_sinks,
+    num_documents,
     NUM_PARTIALS: tl.constexpr,
     HEAD_DIM: tl.constexpr,
     BLOCK_DIM: tl.constexpr,
@@ -150,10 +165,13 @@ def _merge_kernel(  # type: ignore[no-untyped-def]
     row = (block % tl.cdiv(num_rows, BLOCK_ROWS)).to(tl.int64) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
     dim = tl.arange(0, BLOCK_DIM)
     inside = row < num_rows
+    exists = inside
+    if cu_seqlens_ptr is not None:
+        exists = inside & (row < tl.load(cu_seqlens_ptr + num_documents))
 
     peak = tl.full([BLOCK_ROWS], float("-inf"), tl.float32)
     for i in tl.static_range(NUM_PARTIALS):
-        covered = inside & (row >= starts[i]) & (row < stops[i])
+        covered = exists & (row >= starts[i]) & (row < stops[i])
         at = lses[i] + batch * lses_strides[i][0] + head * lses_strides[i][1] + row - starts[i]
         peak = tl.maximum(peak, tl.load(at, mask=covered, other=float("-inf")))
     if sink_ptr is not None:
@@ -166,7 +184,7 @@ def _merge_kernel(  # type: ignore[no-untyped-def]
     total = tl.zeros([BLOCK_ROWS], tl.float32)
     merged = tl.zeros([BLOCK_ROWS, BLOCK_DIM], tl.float32)
     for i in tl.static_range(NUM_PARTIALS):
-        covered = inside & (row >= starts[i]) & (row < stops[i])
+        covered = exists & (row >= starts[i]) & (row < stops[i])
         at = lses[i] + batch * lses_strides[i][0] + head * lses_strides[i][1] + row - starts[i]
         weight = tl.exp(tl.load(at, mask=covered, other=float("-inf")) - peak)
         total += weight

@@ -21,6 +21,7 @@ logger = logging.getLogger("magi_sink_cp")
 
 # Best first: "auto" takes the first that can run the call, except that fa4 comes first where its kernels add the sink themselves.
 _BACKENDS: tuple[Backend, ...] = (Fa3Backend(), Fa4Backend(), Fa2Backend(), AtenBackend(), CpuBackend())
+_NAMES = tuple(backend.name for backend in _BACKENDS)
 _logged: set[str] = set()
 _fallback = False
 # The choice for each kind of call that was seen, as asking every backend costs more than launching a small kernel.
@@ -31,7 +32,7 @@ _INSTALL_HINTS = {
     "fa3": fa3.INSTALL_HINT,
     "fa4": fa4.INSTALL_HINT,
 }
-DROP_IN = "drop-in "
+_DROP_IN, _WITH_FALLBACK = "drop-in ", " with fallback"
 
 
 @dataclass(frozen=True)
@@ -64,7 +65,7 @@ def set_fallback(enabled: bool) -> None:
 
 
 def select_backend(name: str, q: Tensor, call: Call, head_dim_v: int | None = None, sink: Tensor | None = None) -> Backend:
-    """The backend called ``name``; for "auto" the best one that can run the call; for "drop-in fa3" what fa3_* functions run on.
+    """The backend called ``name``; for "auto" the best one that can run the call; what :func:`drop_in_backend` stands for.
 
     Raises:
         ValueError: an unknown name, a named backend that cannot run the call, or no backend that can; the text says why.
@@ -73,7 +74,7 @@ def select_backend(name: str, q: Tensor, call: Call, head_dim_v: int | None = No
     used = (False, False) if varlen is None else (varlen.seqused_q is not None, varlen.seqused_k is not None)
     extras = () if call.extras is NO_EXTRAS else tuple(x is not None for x in vars(call.extras).values())
     one_sink = sink is not None and sink.dim() == 2 and sink.shape[0] == 1
-    key = (name, q.device, q.dtype, q.shape[-1], head_dim_v, call.params, used, extras, one_sink, _fallback)
+    key = (name, q.device, q.dtype, q.shape[-1], head_dim_v, call.params, used, extras, one_sink)
     backend = _selected.get(key)
     if backend is None:
         backend = _select(name, q, call, head_dim_v, sink)
@@ -86,16 +87,15 @@ def select_backend(name: str, q: Tensor, call: Call, head_dim_v: int | None = No
 def _select(name: str, q: Tensor, call: Call, head_dim_v: int | None, sink: Tensor | None) -> Backend:
     if name == "auto":
         return _first(_candidates(sink), q, call, head_dim_v, "no backend can run this call")
-    if name.startswith(DROP_IN):
-        return _select_drop_in(name.removeprefix(DROP_IN), q, call, head_dim_v)
-    for backend in _BACKENDS:
-        if backend.name == name:
-            if reason := _unavailable(backend):
-                raise ValueError(f"backend={name!r} is not available: {reason}")
-            if reason := backend.unsupported(q, call, head_dim_v):
-                raise ValueError(f"backend={name!r} cannot run this call: {reason}")
-            return backend
-    raise ValueError(f"backend must be 'auto' or one of {[b.name for b in _BACKENDS]}, got {name!r}")
+    if name.startswith(_DROP_IN):
+        return _select_drop_in(name, q, call, head_dim_v)
+    check_backend_name(name)
+    backend = next(backend for backend in _BACKENDS if backend.name == name)
+    if reason := _unavailable(backend):
+        raise ValueError(f"backend={name!r} is not available: {reason}")
+    if reason := backend.unsupported(q, call, head_dim_v):
+        raise ValueError(f"backend={name!r} cannot run this call: {reason}")
+    return backend
 
 
 def adding_sink(backend: Backend, sink: Tensor | None) -> Fa4Backend | None:
@@ -109,20 +109,37 @@ def _candidates(sink: Tensor | None) -> list[Backend]:
     return sorted(_BACKENDS, key=lambda backend: adding_sink(backend, sink) is None)
 
 
-def _select_drop_in(family: str, q: Tensor, call: Call, head_dim_v: int | None) -> Backend:
+def drop_in_backend(family: str) -> str:
+    """What to call :func:`select_backend` with for fa2_*, fa3_* or fa4_* functions, under the present set_fallback.
+
+    It is asked once a call, so that forward and backward choose the same.
+    """
+    return f"{_DROP_IN}{family}{_WITH_FALLBACK if _fallback else ''}"
+
+
+def check_backend_name(name: str) -> None:
+    """Raises ValueError unless ``name`` is "auto" or that of a backend."""
+    if name != "auto" and name not in _NAMES:
+        raise ValueError(f"backend must be 'auto' or one of {list(_NAMES)}, got {name!r}")
+
+
+def _select_drop_in(name: str, q: Tensor, call: Call, head_dim_v: int | None) -> Backend:
     """fa2: flash_attn if it is installed, else PyTorch's own. fa3, fa4: theirs, then what set_fallback allows. All: CPU tensors."""
-    names = [backend.name for backend in _BACKENDS]
+    family, fallback = name.removeprefix(_DROP_IN).removesuffix(_WITH_FALLBACK), name.endswith(_WITH_FALLBACK)
+    by_name = {backend.name: backend for backend in _BACKENDS}
+    failure = f"no kernel of the {family} functions can run this call"
     if q.device.type == "cpu":
-        allowed: Iterable[str] = ("cpu",)
-    elif family == "fa2":
-        allowed = ("fa2",) if fa2.is_installed() else ("aten",)
-    else:
-        allowed = names[names.index(family) :] if _fallback else (family,)
-    hint = "" if family == "fa2" or q.device.type == "cpu" or _fallback else (
-        f". To get {family}: {_INSTALL_HINTS[family]}. magi_sink_cp.set_fallback(True) allows the next backend"
-    )  # fmt: skip
-    backends = [backend for backend in _BACKENDS if backend.name in allowed]
-    return _first(backends, q, call, head_dim_v, f"no kernel of the {family} functions can run this call", hint)
+        return _first([by_name["cpu"]], q, call, head_dim_v, failure)
+    if family == "fa2":
+        if fa2.is_installed():
+            return _first([by_name["fa2"]], q, call, head_dim_v, failure)
+        hint = "The flash_attn package, 2.7 or 2.8, has softcap, alibi_slopes and block_table, and is not installed"
+        return _first([by_name["aten"]], q, call, head_dim_v, failure, hint)
+    own = by_name[family]
+    if fallback:
+        return _first([own, *(backend for backend in _BACKENDS if backend is not own)], q, call, head_dim_v, failure)
+    hint = f"To get {family}: {_INSTALL_HINTS[family]}. " if _unavailable(own) else ""
+    return _first([own], q, call, head_dim_v, failure, f"{hint}magi_sink_cp.set_fallback(True) allows the next backend")
 
 
 def _first(candidates: Iterable[Backend], q: Tensor, call: Call, head_dim_v: int | None, failure: str, hint: str = "") -> Backend:
@@ -133,7 +150,7 @@ def _first(candidates: Iterable[Backend], q: Tensor, call: Call, head_dim_v: int
             _log_choice(backend, "; ".join(reasons))
             return backend
         reasons.append(f"{backend.name}: {reason}")
-    raise ValueError(f"{failure}: {'; '.join(reasons)}{hint}")
+    raise ValueError(f"{failure}: {'; '.join(reasons)}{'. ' if hint else ''}{hint}")
 
 
 @functools.cache
