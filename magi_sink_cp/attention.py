@@ -71,5 +71,5 @@ def attention_with_sink(
     lengths = None
     if cu_seqlens_q is not None and cu_seqlens_k is not None:
         lengths = Lengths(cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
-    out, lse, _ = attention((q, k, v), sink, make_op_call(params, backend, read_lengths=True), lengths)
+    out, lse, _ = attention((q, k, v), sink, make_op_call(params, backend, want_lse=return_lse, read_lengths=True), lengths)
     return (out, lse) if return_lse else out

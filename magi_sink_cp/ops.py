@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
 from magi_sink_cp.kernels.dsink import sink_gradient
 from magi_sink_cp.kernels.inputs import make_varlen
@@ -42,7 +43,10 @@ _PARAMS = (
 )
 # lengths: none, or cu_seqlens_q, cu_seqlens_k (None: the same), seqused_q, seqused_k. extras: none, or the fields of Extras.
 _TENSORS = "Tensor[] inputs, Tensor? sink, Tensor?[] lengths, Tensor?[] extras"
-_CALL = f"SymInt max_seqlen_q, SymInt max_seqlen_k, str backend, int num_heads_q, bool read_lengths, bool want_probs, {_PARAMS}"
+_CALL = (
+    "SymInt max_seqlen_q, SymInt max_seqlen_k, str backend, int num_heads_q, bool read_lengths, bool want_lse, bool want_probs, "
+    f"{_PARAMS}"
+)
 _FORWARD = f"({_TENSORS}, {_CALL}) -> (Tensor out, Tensor lse, Tensor[] dropout)"
 _BACKWARD = (
     f"(Tensor? dout, Tensor? dlse, Tensor out, Tensor lse, Tensor[] dropout, bool needs_dsink, {_TENSORS}, {_CALL}) -> Tensor[]"
@@ -56,6 +60,7 @@ class OpCall(NamedTuple):
     backend: str
     num_heads_q: int
     read_lengths: bool
+    want_lse: bool
     want_probs: bool
     softmax_scale: float
     window_size_left: int
@@ -70,14 +75,25 @@ class OpCall(NamedTuple):
 
 
 def make_op_call(
-    params: AttentionParams, backend: str, *, num_heads_q: int = 0, read_lengths: bool = False, want_probs: bool = False
+    params: AttentionParams,
+    backend: str,
+    *,
+    want_lse: bool,
+    num_heads_q: int = 0,
+    read_lengths: bool = False,
+    want_probs: bool = False,
 ) -> OpCall:
-    """``read_lengths``: check what cu_seqlens hold, on a GPU too. ``want_probs``: return S_dmask."""
+    """``want_lse``: lse is returned to the user; without, it need only be right for the backward. ``want_probs``: return S_dmask.
+    ``read_lengths``: check what cu_seqlens hold, on a GPU too.
+    """
+    if not isinstance(want_lse, bool):
+        raise TypeError(f"return_lse and return_attn_probs must be bools, got {want_lse!r}")
     left, right = params.window_size
     return OpCall(
         backend,
         num_heads_q,
         read_lengths,
+        want_lse,
         want_probs,
         params.softmax_scale,
         left,
@@ -94,7 +110,7 @@ def make_op_call(
 
 @functools.lru_cache(maxsize=4096)
 def _params_of(call: OpCall) -> AttentionParams:
-    return AttentionParams(call.softmax_scale, (call.window_size_left, call.window_size_right), *call[7:])
+    return AttentionParams(call.softmax_scale, (call.window_size_left, call.window_size_right), *call[8:])
 
 
 class Lengths(NamedTuple):
@@ -163,8 +179,10 @@ class _Attention(torch.autograd.Function):
         ctx: Any, call: tuple[OpCall, tuple[int, int], int, bool], *tensors: Tensor | None
     ) -> tuple[Tensor, Tensor, Tensor | None]:
         op_call, maxima, *_ = call
-        operator = _forward_op.dropout if op_call.dropout_p > 0 else _forward_op.default
-        out, lse, dropout = operator(*_arguments(call, tensors), *maxima, *op_call)
+        run = _forward
+        if _is_watched(tensors):
+            run = _forward_op.dropout if op_call.dropout_p > 0 else _forward_op.default
+        out, lse, dropout = run(*_arguments(call, tensors), *maxima, *op_call)
         ctx.save_for_backward(*tensors, out, lse, *dropout)
         ctx.call, ctx.num_tensors = call, len(tensors)
         ctx.set_materialize_grads(False)
@@ -181,8 +199,24 @@ class _Attention(torch.autograd.Function):
         tensors, (out, lse, *dropout) = saved[: ctx.num_tensors], saved[ctx.num_tensors :]
         needs_dsink = ctx.needs_input_grad[1 + num_inputs]
         arguments = _arguments(ctx.call, tensors)
-        grads = _backward_op(dout, dlse, out, lse, dropout, needs_dsink, *arguments, *maxima, *op_call)
+        run = _backward_op if _is_watched((dout, dlse, *tensors)) else _backward
+        grads = run(dout, dlse, out, lse, dropout, needs_dsink, *arguments, *maxima, *op_call)
         return None, *grads, *(None,) * (ctx.num_tensors - len(grads))
+
+
+def _is_watched(tensors: Sequence[Tensor | None]) -> bool:
+    """Whether a compiler, a dispatch mode or a tensor subclass has to see the operator.
+
+    If none has, its implementation is called directly: the dispatcher takes 15 µs to hand 25 arguments from Python to Python.
+    """
+    return (
+        torch.compiler.is_compiling()
+        or is_in_torch_dispatch_mode()
+        or any(x is not None and type(x) not in _PLAIN for x in tensors)
+    )
+
+
+_PLAIN = (Tensor, torch.nn.Parameter)
 
 
 def _arguments(call: tuple[OpCall, tuple[int, int], int, bool], tensors: Sequence[Tensor | None]) -> tuple[Any, ...]:
@@ -220,7 +254,7 @@ def _forward(
     (q, k, v), op_call, call, backend = _resolve(inputs, sink, lengths, extras, arguments)
     native = adding_sink(backend, sink)
     if native is not None and sink is not None and q.numel() and k.numel():
-        partial = native.forward_with_sink(q, k, v, sink, call)
+        partial = native.forward_with_sink(q, k, v, sink, call, op_call.want_lse)
         return partial.out, partial.lse, []
     partial = backend.forward(q, k, v, call, want_probs=op_call.want_probs)
     # FlashAttention-2 lays out like q, whatever its strides are; the operator promises a contiguous out.

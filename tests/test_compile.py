@@ -7,6 +7,7 @@ import functools
 import pytest
 import torch
 from torch._dynamo.testing import CompileCounterWithBackend
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 import magi_sink_cp
@@ -116,6 +117,7 @@ def test_opcheck(name, sink_layout, monkeypatch):
     class Forward:
         default, dropout = record(ops._forward_op.default), record(ops._forward_op.dropout)
 
+    monkeypatch.setattr(ops, "_is_watched", lambda tensors: True)
     monkeypatch.setattr(ops, "_forward_op", Forward)
     monkeypatch.setattr(ops, "_backward_op", record(ops._backward_op))
     out = getattr(magi_sink_cp, name)(**arguments)
@@ -140,6 +142,37 @@ def test_activation_checkpointing(name, use_reentrant):
 
     checkpoint(block, *leaves, use_reentrant=use_reentrant).backward(case.dout)
     assert all(torch.equal(x.grad, true) for x, true in zip(leaves, expected, strict=True))
+
+
+def test_who_watches_sees_the_operators():
+    """Dispatch modes and tensor subclasses get the registered operators; a plain call need not pay for the dispatcher."""
+
+    class Names(TorchDispatchMode):
+        def __init__(self):
+            super().__init__()
+            self.seen = []
+
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            self.seen.append(str(function))
+            return function(*args, **(kwargs or {}))
+
+    case = case_for("fa3_func_with_sink", 5)
+    leaves = [x.clone().requires_grad_() for x in (case.q, case.k, case.v, case.sink)]
+    with Names() as mode:
+        attention_with_sink(*leaves).sum().backward()
+    assert "magi_sink_cp.attention_forward.default" in mode.seen
+    assert "magi_sink_cp.attention_backward.default" in mode.seen
+    expected = [x.grad.clone() for x in leaves]
+    for x in leaves:
+        x.grad = None
+    attention_with_sink(*leaves).sum().backward()
+    assert all(torch.equal(x.grad, true) for x, true in zip(leaves, expected, strict=True))
+
+    class Subclass(torch.Tensor):
+        pass
+
+    assert ops._is_watched([case.q.as_subclass(Subclass)])
+    assert not ops._is_watched([case.q, None, torch.nn.Parameter(case.q)])
 
 
 def test_selective_checkpointing_can_save_the_operator(monkeypatch):

@@ -385,6 +385,7 @@ def test_deterministic(name):
         ({"softmax_scale": 0.0}, ValueError, "softmax_scale must be finite and > 0, got 0.0"),
         ({"softcap": -1.0}, ValueError, "softcap must be finite and >= 0, got -1.0"),
         ({"deterministic": None}, TypeError, "deterministic must be a bool"),
+        ({"return_attn_probs": "no"}, (TypeError, ValueError), "return_attn_probs"),
     ],
 )
 def test_wrong_calls(name, change, error, message):

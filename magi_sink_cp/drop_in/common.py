@@ -26,6 +26,7 @@ def dense(
     sink_layout: str,
     params: AttentionParams,
     *,
+    want_lse: bool,
     num_heads_q: int = 0,
     extras: Extras = NO_EXTRAS,
     want_probs: bool = False,
@@ -37,7 +38,8 @@ def dense(
     if extras is not NO_EXTRAS:
         check_extras(extras, q, k, v, q.shape[0])
     _check_forward_only(inputs, sink, params, extras)
-    call = make_op_call(params, drop_in_backend(family), num_heads_q=num_heads_q, want_probs=want_probs)
+    name = drop_in_backend(family)
+    call = make_op_call(params, name, want_lse=want_lse, num_heads_q=num_heads_q, want_probs=want_probs)
     return attention(inputs, sink, call, None, extras)
 
 
@@ -49,6 +51,7 @@ def varlen(
     params: AttentionParams,
     lengths: Lengths,
     *,
+    want_lse: bool,
     extras: Extras = NO_EXTRAS,
     want_probs: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
@@ -66,7 +69,8 @@ def varlen(
     if extras is not NO_EXTRAS:
         check_extras(extras, q, k, v, lengths.cu_seqlens_q.shape[0] - 1)
     _check_forward_only(inputs, sink, params, extras)
-    return attention(inputs, sink, make_op_call(params, drop_in_backend(family), want_probs=want_probs), lengths, extras)
+    call = make_op_call(params, drop_in_backend(family), want_lse=want_lse, want_probs=want_probs)
+    return attention(inputs, sink, call, lengths, extras)
 
 
 def check_packed(name: str, x: Tensor, num_dims: int, shape_text: str, slices: int) -> None:

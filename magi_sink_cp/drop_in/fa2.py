@@ -238,7 +238,7 @@ def _run_dense(
     inputs: Sequence[Tensor], sink: Tensor | None, sink_layout: str, params: AttentionParams, extras: Extras, want_probs: bool
 ) -> _Result:
     padded, head_dim = _padded(inputs)
-    out, lse, probs = dense("fa2", padded, sink, sink_layout, params, extras=extras, want_probs=want_probs)
+    out, lse, probs = dense("fa2", padded, sink, sink_layout, params, want_lse=want_probs, extras=extras, want_probs=want_probs)
     return _result(out, lse, probs, head_dim, want_probs)
 
 
@@ -252,7 +252,9 @@ def _run_varlen(
     want_probs: bool,
 ) -> _Result:
     padded, head_dim = _padded(inputs)
-    out, lse, probs = varlen("fa2", padded, sink, sink_layout, params, lengths, extras=extras, want_probs=want_probs)
+    out, lse, probs = varlen(
+        "fa2", padded, sink, sink_layout, params, lengths, want_lse=want_probs, extras=extras, want_probs=want_probs
+    )
     return _result(out, lse, probs, head_dim, want_probs)
 
 

@@ -71,7 +71,7 @@ def fa3_func_with_sink(
         attention_chunk=attention_chunk, num_splits=num_splits, pack_gqa=pack_gqa, sm_margin=sm_margin,
     )  # fmt: skip
     extras = make_extras(qv=qv, q_descale=q_descale, k_descale=k_descale, v_descale=v_descale)
-    out, lse, _ = dense("fa3", (q, k, v), sink, sink_layout, params, extras=extras)
+    out, lse, _ = dense("fa3", (q, k, v), sink, sink_layout, params, want_lse=return_attn_probs, extras=extras)
     return (out, lse) if return_attn_probs else out
 
 
@@ -124,7 +124,7 @@ def fa3_varlen_func_with_sink(
     )  # fmt: skip
     extras = make_extras(qv=qv, q_descale=q_descale, k_descale=k_descale, v_descale=v_descale)
     lengths = Lengths(cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, seqused_q, seqused_k)
-    out, lse, _ = varlen("fa3", (q, k, v), sink, sink_layout, params, lengths, extras=extras)
+    out, lse, _ = varlen("fa3", (q, k, v), sink, sink_layout, params, lengths, want_lse=return_attn_probs, extras=extras)
     return (out, lse) if return_attn_probs else out
 
 
@@ -167,7 +167,9 @@ def fa3_qkvpacked_func_with_sink(
         attention_chunk=attention_chunk, sm_margin=sm_margin,
     )  # fmt: skip
     extras = make_extras(q_descale=q_descale, k_descale=k_descale, v_descale=v_descale)
-    out, lse, _ = dense("fa3", (qkv,), sink, sink_layout, params, num_heads_q=num_heads_q or 0, extras=extras)
+    out, lse, _ = dense(
+        "fa3", (qkv,), sink, sink_layout, params, want_lse=return_attn_probs, num_heads_q=num_heads_q or 0, extras=extras
+    )
     return (out, lse) if return_attn_probs else out
 
 

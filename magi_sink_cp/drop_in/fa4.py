@@ -86,8 +86,9 @@ def fa4_func_with_sink(
     )  # fmt: skip
     sink = _one_sink(q, sink, learnable_sink)
     params = _params(q, softmax_scale, causal, window_size, softcap, num_splits, pack_gqa, deterministic)
-    out, lse, _ = dense("fa4", (q, k, v), sink, sink_layout, params)
-    return (out, lse) if return_lse or return_attn_probs else out
+    want_lse = return_lse or return_attn_probs
+    out, lse, _ = dense("fa4", (q, k, v), sink, sink_layout, params, want_lse=want_lse)
+    return (out, lse) if want_lse else out
 
 
 def fa4_varlen_func_with_sink(
@@ -154,8 +155,9 @@ def fa4_varlen_func_with_sink(
     sink = _one_sink(q, sink, learnable_sink)
     params = _params(q, softmax_scale, causal, window_size, softcap, num_splits, pack_gqa, deterministic)
     lengths = Lengths(cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)  # type: ignore[arg-type]
-    out, lse, _ = varlen("fa4", (q, k, v), sink, sink_layout, params, lengths)
-    return (out, lse) if return_lse or return_attn_probs else out
+    want_lse = return_lse or return_attn_probs
+    out, lse, _ = varlen("fa4", (q, k, v), sink, sink_layout, params, lengths, want_lse=want_lse)
+    return (out, lse) if want_lse else out
 
 
 def _one_sink(q: Tensor, sink: Tensor | None, learnable_sink: Tensor | None) -> Tensor | None:

@@ -47,7 +47,12 @@ def merge(
         raise ValueError(f"merge takes 1 to {MAX_PARTIALS} partials, got {len(partials)}")
     first = partials[0]
     out_dtype = out_dtype or (first.out.dtype if out is None else out.dtype)
-    rows = max(p.start + p.out.shape[-3] for p in partials) if out is None else out.shape[-3]
+    if out is not None:
+        rows = out.shape[-3]
+    elif len(partials) == 1:
+        rows = first.start + first.out.shape[-3]
+    else:
+        rows = max(p.start + p.out.shape[-3] for p in partials)
     covers_all = first.start == 0 and first.out.shape[-3] == rows
     if len(partials) == 1 and sink is None and covers_all and out is None and out_dtype == first.out.dtype:
         return first.out, first.lse
@@ -96,19 +101,27 @@ def merge_triton(
     block_dim = next_power_of_2(head_dim)
     # 4096 fp32 accumulators a program (32 a thread) come close to a read+write pass over out: docs/benchmarks.md.
     block_rows = max(1, min(64, 4096 // block_dim))
-    outs, lses = tuple(p.out for p in partials), tuple(p.lse for p in partials)
+    # The host's time counts here: a short sequence takes a GPU less than this function.
+    first = partials[0]
+    outs: tuple[Tensor, ...] = (first.out,)
+    lses: tuple[Tensor, ...] = (first.lse,)
+    if len(partials) > 1:
+        outs, lses = tuple(p.out for p in partials), tuple(p.lse for p in partials)
     starts = tuple(p.start for p in partials)
-    stops = tuple(p.start + p.out.shape[-3] for p in partials)
-    strides = (tuple(map(out_strides, outs)), tuple(map(lse_strides, lses)))
-    own_strides = (out_strides(out), lse_strides(lse), sink_strides(sink))
-    kind = (
-        out.device.index, head_dim, heads, rows < 2**31, starts, stops, strides, own_strides,
-        *map(pointer, (*outs, *lses, out, lse, sink, cu_seqlens_q)),
-    )  # fmt: skip
+    stops = tuple(p.start + x.shape[-3] for p, x in zip(partials, outs, strict=True))
+    strides = tuple(map(out_strides, outs)), tuple(map(lse_strides, lses))
+    own_strides = (
+        strides[0][0] if out is first.out else out_strides(out),
+        strides[1][0] if lse is first.lse else lse_strides(lse),
+        sink_strides(sink),
+    )
     num_sinks = 0 if sink is None else sink.shape[-2]
     documents = 0 if cu_seqlens_q is None else cu_seqlens_q.shape[0] - 1
-    sizes = (rows, heads, num_sinks, documents, len(partials), head_dim, block_dim, block_rows)
     tensors = (out, lse, sink, cu_seqlens_q)
+    own = (sink, cu_seqlens_q) if out is first.out and lse is first.lse else tensors
+    pointers = *map(pointer, outs), *map(pointer, lses), *map(pointer, own)
+    kind = out.device.index, head_dim, heads, rows < 2**31, starts, stops, strides, own_strides, len(own), pointers
+    sizes = rows, heads, num_sinks, documents, len(partials), head_dim, block_dim, block_rows
     programs = heads * -(-rows // block_rows) * batch
     _launch_merge(programs, kind, (outs, lses, starts, stops, *strides, *tensors, *own_strides, *sizes))
 
