@@ -28,7 +28,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -67,9 +67,12 @@ def main() -> int:
     if args.what == "dist" and "LOCAL_RANK" not in os.environ:  # start one rank a GPU
         launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(torch.cuda.device_count())]
         os.execv(sys.executable, [sys.executable, *launcher, __file__, *sys.argv[1:]])
-    rows = BENCHES[args.what](args)
+    rows: list[Row] = []
+    for part in BENCHES[args.what](args):
+        rows += part
+        write(args, rows)  # after each part: a run that is cut short keeps what it has
     if rows:
-        write(args, rows)
+        print(f"wrote {args.out / args.what}.csv")
     return 0
 
 
@@ -93,8 +96,10 @@ class PlainAttention(torch.autograd.Function):
         return grads.dq, grads.dk, grads.dv, None, None
 
 
-def bench_kernel(args: argparse.Namespace) -> list[Row]:
-    return [row for head_dim in (128, 64) for batch, tokens in KERNEL_SHAPES for row in kernel_rows(args, head_dim, batch, tokens)]
+def bench_kernel(args: argparse.Namespace) -> Iterator[list[Row]]:
+    for head_dim in (128, 64):
+        for batch, tokens in KERNEL_SHAPES:
+            yield kernel_rows(args, head_dim, batch, tokens)
 
 
 def kernel_rows(args: argparse.Namespace, head_dim: int, batch: int, tokens: int) -> list[Row]:
@@ -135,9 +140,13 @@ def kernel_rows(args: argparse.Namespace, head_dim: int, batch: int, tokens: int
 # --- The drop-in functions ------------------------------------------------------------------------------------------------------
 
 
-def bench_functions(args: argparse.Namespace) -> list[Row]:
-    rows = [row for d in (128, 64) for batch, tokens in FUNCTION_SHAPES for row in function_rows(args, d, batch, tokens)]
-    return rows + memory_rows() + profile_rows() + first_call_rows()
+def bench_functions(args: argparse.Namespace) -> Iterator[list[Row]]:
+    for head_dim in (128, 64):
+        for batch, tokens in FUNCTION_SHAPES:
+            yield function_rows(args, head_dim, batch, tokens)
+    yield memory_rows()
+    yield profile_rows()
+    yield first_call_rows()
 
 
 def function_rows(args: argparse.Namespace, head_dim: int, batch: int, tokens: int) -> list[Row]:
@@ -225,7 +234,7 @@ def function_groups(head_dim: int, batch: int, tokens: int) -> dict[str, Work]:
     return groups
 
 
-def bench_host(args: argparse.Namespace) -> list[Row]:
+def bench_host(args: argparse.Namespace) -> Iterator[list[Row]]:
     """Microseconds that the host spends in one forward call, where the GPU is always behind. Beside the public flash_attn_func of
     FlashAttention-3, where its module flash_attn_interface can be imported."""
     q, k, v, _, sink = draw((8, 256), 128)
@@ -249,7 +258,7 @@ def bench_host(args: argparse.Namespace) -> list[Row]:
                 times[name].append((time.perf_counter() - start) / 20 * 1e6)
     for name, values in times.items():
         print(f"host µs a forward: {name:36s} {statistics.median(values):6.1f}", flush=True)
-    return [{"batch": 8, "tokens": 256, "head_dim": 128, "measured": f"host: {name}", **summary(x)} for name, x in times.items()]
+    yield [{"batch": 8, "tokens": 256, "head_dim": 128, "measured": f"host: {name}", **summary(x)} for name, x in times.items()]
 
 
 def memory_rows() -> list[Row]:
@@ -332,13 +341,14 @@ def first_call_rows() -> list[Row]:
 # --- Ranks ----------------------------------------------------------------------------------------------------------------------
 
 
-def bench_dist(args: argparse.Namespace) -> list[Row]:
+def bench_dist(args: argparse.Namespace) -> Iterator[list[Row]]:
     torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     dist.init_process_group("nccl")
-    rows = [row for tokens in DIST_TOKENS for row in dist_rows(args, tokens, head_dim=128)]
-    is_first = dist.get_rank() == 0
+    for tokens in DIST_TOKENS:
+        rows = dist_rows(args, tokens, head_dim=128)
+        if dist.get_rank() == 0:
+            yield rows
     dist.destroy_process_group()
-    return rows if is_first else []
 
 
 def dist_rows(args: argparse.Namespace, tokens: int, head_dim: int) -> list[Row]:
@@ -463,7 +473,6 @@ def write(args: argparse.Namespace, rows: list[Row]) -> None:
         for row in rows:
             rounded = {name: f"{value:.4g}" if isinstance(value, float) else value for name, value in row.items()}
             writer.writerow({**rounded, **origin})
-    print(f"wrote {args.out / args.what}.csv")
 
 
 BENCHES = {"kernel": bench_kernel, "functions": bench_functions, "host": bench_host, "dist": bench_dist}
