@@ -106,7 +106,7 @@ def test_a_broken_flash_attn_3_is_not_passed_over_in_silence(monkeypatch, tmp_pa
     (package / "_C.py").write_text("raise ImportError('libcudart.so.13: cannot open shared object file')")
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.setattr(fa3, "_registered", lambda: False)
-    with pytest.raises(fa3._NotUsableError, match="flash_attn_3 is installed but does not load: libcudart.so.13"):
+    with pytest.raises(fa3.NotUsableError, match="flash_attn_3 is installed but does not load: libcudart.so.13"):
         fa3._load()
     for name in [name for name in sys.modules if name.split(".")[0] == "flash_attn_3"]:
         del sys.modules[name]
@@ -121,7 +121,7 @@ def test_an_xformers_without_the_extension_says_what_to_install(monkeypatch, tmp
         (package / "flash_attn_3").mkdir()
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.setattr(fa3, "_registered", lambda: False)
-    with pytest.raises(fa3._NotUsableError, match=r"no flash_attn_3/_C\.so .*pip install --no-deps xformers==0\.0\.34"):
+    with pytest.raises(fa3.NotUsableError, match=r"no flash_attn_3/_C\.so .*pip install --no-deps xformers==0\.0\.34"):
         fa3._load()
 
 

@@ -171,13 +171,13 @@ def test_fa2_passes_on_dropout_alibi_and_pages(flash_attn_2):
 
 @pytest.mark.parametrize("flash_attn_2", ["2.6.3", "3.0.0"], indirect=True)
 def test_fa2_refuses_other_versions(flash_attn_2):
-    with pytest.raises(fa2._NotUsableError, match=r"flash_attn 2\.7 and 2\.8 are supported"):
+    with pytest.raises(fa2.NotUsableError, match=r"flash_attn 2\.7 and 2\.8 are supported"):
         fa2._library()
 
 
 def test_fa2_refuses_another_interface(flash_attn_2):
     del sys.modules["flash_attn.flash_attn_interface"]._flash_attn_backward
-    with pytest.raises(fa2._NotUsableError, match="_flash_attn_backward lacks dropout_p"):
+    with pytest.raises(fa2.NotUsableError, match="_flash_attn_backward lacks dropout_p"):
         fa2._library()
 
 
@@ -187,7 +187,7 @@ def test_flash_attention_4_alone_is_not_flash_attention_2(monkeypatch, tmp_path)
     monkeypatch.syspath_prepend(tmp_path)
     fa2._library.cache_clear()
     assert not fa2.is_installed()
-    with pytest.raises(fa2._NotUsableError, match=r"flash_attn 2\.7 or 2\.8 is not installed \(a flash_attn that holds"):
+    with pytest.raises(fa2.NotUsableError, match=r"flash_attn 2\.7 or 2\.8 is not installed \(a flash_attn that holds"):
         fa2._library()
     fa2._library.cache_clear()
     for name in [name for name in sys.modules if name.split(".")[0] == "flash_attn"]:
@@ -200,7 +200,7 @@ def test_a_broken_flash_attn_says_so(monkeypatch, tmp_path):
     monkeypatch.syspath_prepend(tmp_path)
     fa2._library.cache_clear()
     assert fa2.is_installed()
-    with pytest.raises(fa2._NotUsableError, match="installed but does not load: undefined symbol: _ZN3c10"):
+    with pytest.raises(fa2.NotUsableError, match="installed but does not load: undefined symbol: _ZN3c10"):
         fa2._library()
     fa2._library.cache_clear()
 
@@ -336,7 +336,7 @@ def test_a_flash_attn_4_that_raises_anything_is_a_reason_not_a_crash(monkeypatch
     (tmp_path / "flash_attn" / "cute" / "interface.py").write_text("raise AttributeError('module cutlass.cute has no attribute x')")
     monkeypatch.syspath_prepend(tmp_path)
     fa4._library.cache_clear()
-    with pytest.raises(fa4._NotUsableError, match="installed but does not load: module cutlass.cute has no attribute x"):
+    with pytest.raises(fa4.NotUsableError, match="installed but does not load: module cutlass.cute has no attribute x"):
         fa4._library()
     for name in [name for name in sys.modules if name.split(".")[0] == "flash_attn"]:
         del sys.modules[name]
@@ -349,7 +349,7 @@ def test_a_flash_attn_4_of_another_interface_is_named(monkeypatch):
     monkeypatch.setattr(fa4.importlib.util, "find_spec", lambda name: types.SimpleNamespace(name=name))
     monkeypatch.setattr(fa4.importlib, "import_module", lambda name: module)
     fa4._library.cache_clear()
-    with pytest.raises(fa4._NotUsableError, match="_flash_attn_fwd lacks softmax_scale, .*; 4.0.0b36 is known to work"):
+    with pytest.raises(fa4.NotUsableError, match="_flash_attn_fwd lacks softmax_scale, .*; 4.0.0b36 is known to work"):
         fa4._library()
 
 

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from magi_sink_cp.kernels.flash import (
     NoLseGradientBackend,
+    NotUsableError,
     check_flash_2_window,
     flash_2_lse,
     flash_2_maxima,
@@ -21,6 +22,7 @@ from magi_sink_cp.kernels.flash import (
     mask_and_scores,
     new_gradients,
     normalise_empty_rows,
+    why_unusable,
 )
 from magi_sink_cp.kernels.protocol import Call, Dropout, Gradients, Partial
 
@@ -28,10 +30,6 @@ _MODULE = "flash_attn.flash_attn_interface"
 _VERSIONS = ("2.7", "2.8")
 _DENSE_ARGUMENTS = ("dropout_p", "softmax_scale", "causal", "window_size_left", "window_size_right", "softcap", "alibi_slopes")
 _VARLEN_ARGUMENTS = (*_DENSE_ARGUMENTS, "cu_seqlens_q", "cu_seqlens_k", "max_seqlen_q", "max_seqlen_k")
-
-
-class _NotUsableError(Exception):
-    """flash_attn is missing, broken, or of another version; the text says which."""
 
 
 @dataclass(frozen=True)
@@ -54,11 +52,7 @@ class Fa2Backend(NoLseGradientBackend):
     def unavailable(self) -> str | None:
         if not torch.cuda.is_available():
             return "torch sees no CUDA GPU"
-        try:
-            _library()
-        except _NotUsableError as error:
-            return str(error)
-        return None
+        return why_unusable(_library)
 
     def unsupported(self, q: Tensor, call: Call, head_dim_v: int | None = None) -> str | None:
         if call.params.softcap > 0 and call.params.dropout_p > 0:
@@ -123,9 +117,9 @@ def _common(call: Call) -> dict[str, Any]:
 
 @functools.cache
 def _library() -> _Library:
-    """Find and load the functions once a process, or raise _NotUsableError."""
+    """Find and load the functions once a process, or raise NotUsableError."""
     if not is_installed():
-        raise _NotUsableError(
+        raise NotUsableError(
             "flash_attn 2.7 or 2.8 is not installed (a flash_attn that holds FlashAttention-4 alone does not count); "
             "`pip install flash-attn --no-build-isolation`"
         )
@@ -133,9 +127,9 @@ def _library() -> _Library:
         module = importlib.import_module(_MODULE)
         version = importlib.import_module("flash_attn").__version__
     except Exception as error:  # whatever a broken installation raises, it is the reason
-        raise _NotUsableError(f"flash_attn is installed but does not load: {error}") from error
+        raise NotUsableError(f"flash_attn is installed but does not load: {error}") from error
     if not version.startswith(_VERSIONS):
-        raise _NotUsableError(f"flash_attn {' and '.join(_VERSIONS)} are supported, and {version} is installed")
+        raise NotUsableError(f"flash_attn {' and '.join(_VERSIONS)} are supported, and {version} is installed")
     names = ("_flash_attn_forward", "_flash_attn_varlen_forward", "_flash_attn_backward", "_flash_attn_varlen_backward")
     functions = [_operator(module, name, _VARLEN_ARGUMENTS if "varlen" in name else _DENSE_ARGUMENTS) for name in names]
     return _Library(version, *functions)
@@ -146,5 +140,5 @@ def _operator(module: Any, name: str, needed: tuple[str, ...]) -> Any:
     function = getattr(module, name, None)
     known = () if function is None else inspect.signature(getattr(function, "_init_fn", function)).parameters
     if missing := [argument for argument in needed if argument not in known]:
-        raise _NotUsableError(f"{_MODULE}.{name} lacks {', '.join(missing)}: this flash_attn is not the interface of 2.7 and 2.8")
+        raise NotUsableError(f"{_MODULE}.{name} lacks {', '.join(missing)}: this flash_attn is not the interface of 2.7 and 2.8")
     return function

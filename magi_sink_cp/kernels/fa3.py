@@ -19,7 +19,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from magi_sink_cp.kernels.flash import NoLseGradientBackend, hide_unused_rows, kernel_ready, mask_and_scores, new_gradients
+from magi_sink_cp.kernels.flash import (
+    NoLseGradientBackend,
+    NotUsableError,
+    hide_unused_rows,
+    kernel_ready,
+    mask_and_scores,
+    new_gradients,
+    why_unusable,
+)
 from magi_sink_cp.kernels.protocol import FP8, AttentionParams, Call, Extras, Gradients, Partial, RowDelta, Varlen
 
 INSTALL_HINT = (
@@ -39,10 +47,6 @@ _BACKWARD_ARGUMENTS = (*_COMMON_ARGUMENTS, "dq", "dk", "dv", "deterministic")
 _BLOCKS = (64, 80, 96, 128)
 # Where softmax_d stands among the tensors that bwd returns, by how many it returns: older builds return dq, dk, dv before it.
 _SOFTMAX_D_INDEX = {8: 3, 5: 0}
-
-
-class _NotUsableError(Exception):
-    """FlashAttention-3 is missing, broken, or of an interface this package does not know; the text says which."""
 
 
 @dataclass(frozen=True)
@@ -77,11 +81,7 @@ class Fa3Backend(NoLseGradientBackend):
         major, minor = torch.cuda.get_device_capability()
         if major != 9:
             return f"it needs a Hopper GPU (sm_90), and this one is sm_{major}{minor}"
-        try:
-            _library()
-        except _NotUsableError as error:
-            return str(error)
-        return None
+        return why_unusable(_library)
 
     def unsupported(self, q: Tensor, call: Call, head_dim_v: int | None = None) -> str | None:
         for feature, wanted in (("softcap", call.params.softcap > 0), ("fp8", q.dtype == FP8)):
@@ -190,16 +190,16 @@ def backward_block(head_dim: int, max_seqlen_q: int, max_seqlen_k: int, params: 
 
 @functools.cache
 def _library() -> _Library:
-    """Find and load the operators once a process, or raise _NotUsableError with every place that was tried."""
+    """Find and load the operators once a process, or raise NotUsableError with every place that was tried."""
     source, is_whole = _load()
     forward, backward = torch.ops.flash_attn_3.fwd, torch.ops.flash_attn_3.bwd
     for operator, needed in ((forward, _FORWARD_ARGUMENTS), (backward, _BACKWARD_ARGUMENTS)):
         known = {argument.name for argument in operator.default._schema.arguments}
         if missing := [name for name in needed if name not in known]:
-            raise _NotUsableError(f"{operator} of {source} lacks the arguments {', '.join(missing)}: {operator.default._schema}")
+            raise NotUsableError(f"{operator} of {source} lacks the arguments {', '.join(missing)}: {operator.default._schema}")
     returns = backward.default._schema.returns
     if len(returns) not in _SOFTMAX_D_INDEX:
-        raise _NotUsableError(f"bwd of {source} returns {len(returns)} tensors; 5 or 8 are known: {backward.default._schema}")
+        raise NotUsableError(f"bwd of {source} returns {len(returns)} tensors; 5 or 8 are known: {backward.default._schema}")
     qv_name = "q_v" if any(argument.name == "q_v" for argument in forward.default._schema.arguments) else "qv"
     return _Library(source, forward.default, backward.default, _SOFTMAX_D_INDEX[len(returns)], is_whole, qv_name)
 
@@ -214,21 +214,21 @@ def _load() -> tuple[str, bool]:
         try:
             importlib.import_module(module)
         except Exception as error:  # whatever a broken installation raises, it is the reason
-            raise _NotUsableError(f"{package} is installed but does not load: {error}") from error
+            raise NotUsableError(f"{package} is installed but does not load: {error}") from error
         if not _registered():
-            raise _NotUsableError(f"{package} is installed but registers no torch.ops.flash_attn_3.fwd and bwd")
+            raise NotUsableError(f"{package} is installed but registers no torch.ops.flash_attn_3.fwd and bwd")
         return f"{package} {_version('flash-attn-3') or _version('flash_attn_3') or ''}".rstrip(), True
     spec = importlib.util.find_spec("xformers")
     if spec is None or not spec.submodule_search_locations:
-        raise _NotUsableError(f"neither flash_attn_3 nor xformers is installed; {INSTALL_HINT}")
+        raise NotUsableError(f"neither flash_attn_3 nor xformers is installed; {INSTALL_HINT}")
     extension = Path(next(iter(spec.submodule_search_locations))) / "flash_attn_3" / "_C.so"
     if not extension.is_file():
-        raise _NotUsableError(f"this xformers has no flash_attn_3/_C.so (0.0.34 has); {INSTALL_HINT}")
+        raise NotUsableError(f"this xformers has no flash_attn_3/_C.so (0.0.34 has); {INSTALL_HINT}")
     try:
         _preload_cuda_runtime_12()
         torch.ops.load_library(str(extension))
     except OSError as error:
-        raise _NotUsableError(f"the FlashAttention-3 extension of xformers does not load: {error}; {INSTALL_HINT}") from error
+        raise NotUsableError(f"the FlashAttention-3 extension of xformers does not load: {error}; {INSTALL_HINT}") from error
     return f"xformers {_version('xformers') or ''}".rstrip(), False
 
 

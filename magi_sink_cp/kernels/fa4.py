@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from magi_sink_cp.kernels.flash import FlashBackend, kernel_ready
+from magi_sink_cp.kernels.flash import FlashBackend, NotUsableError, kernel_ready, why_unusable
 from magi_sink_cp.kernels.protocol import Call, Gradients, Partial
 
 INSTALL_HINT = "`pip install --pre flash-attn-4`"
@@ -30,10 +30,6 @@ _COMMON_ARGUMENTS = (
 )  # fmt: skip
 _FORWARD_ARGUMENTS = (*_COMMON_ARGUMENTS, "num_splits", "pack_gqa", "return_lse", "out")
 _BACKWARD_ARGUMENTS = (*_COMMON_ARGUMENTS, "deterministic", "dq", "dk", "dv", "dlse")
-
-
-class _NotUsableError(Exception):
-    """FlashAttention-4 is missing, broken, or of an interface this package does not know; the text says which."""
 
 
 @dataclass(frozen=True)
@@ -55,11 +51,7 @@ class Fa4Backend(FlashBackend):
         major, minor = torch.cuda.get_device_capability()
         if major not in _HEAD_DIMS:
             return f"it needs a Hopper or Blackwell GPU (sm_90, sm_100 or sm_110), and this one is sm_{major}{minor}"
-        try:
-            _library()
-        except _NotUsableError as error:
-            return str(error)
-        return None
+        return why_unusable(_library)
 
     def unsupported(self, q: Tensor, call: Call, head_dim_v: int | None = None) -> str | None:
         if reason := super().unsupported(q, call, head_dim_v):
@@ -172,21 +164,21 @@ def _common(call: Call, sink: Tensor | None) -> dict[str, Any]:
 
 @functools.cache
 def _library() -> _Library:
-    """Find and import the functions once a process, or raise _NotUsableError."""
+    """Find and import the functions once a process, or raise NotUsableError."""
     try:
         if importlib.util.find_spec("flash_attn") is None or importlib.util.find_spec("flash_attn.cute") is None:
-            raise _NotUsableError(f"flash_attn.cute is not installed; {INSTALL_HINT}")
+            raise NotUsableError(f"flash_attn.cute is not installed; {INSTALL_HINT}")
         module = importlib.import_module("flash_attn.cute.interface")
-    except _NotUsableError:
+    except NotUsableError:
         raise
     except Exception as error:  # whatever a broken installation raises, it is the reason
-        raise _NotUsableError(f"flash_attn.cute is installed but does not load: {error}; {INSTALL_HINT}") from error
+        raise NotUsableError(f"flash_attn.cute is installed but does not load: {error}; {INSTALL_HINT}") from error
     functions = []
     for name, needed in (("_flash_attn_fwd", _FORWARD_ARGUMENTS), ("_flash_attn_bwd", _BACKWARD_ARGUMENTS)):
         function = getattr(module, name, None)
         known = () if function is None else inspect.signature(function).parameters
         if missing := [argument for argument in needed if argument not in known]:
-            raise _NotUsableError(
+            raise NotUsableError(
                 f"flash_attn.cute.interface.{name} lacks {', '.join(missing)}; 4.0.0b36 is known to work; {INSTALL_HINT}"
             )
         functions.append(function)

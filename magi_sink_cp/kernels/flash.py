@@ -4,6 +4,7 @@ kernels that have none."""
 from __future__ import annotations
 
 from abc import abstractmethod
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -14,6 +15,19 @@ from magi_sink_cp.kernels.protocol import Backend, Call, Gradients, Partial, Var
 
 MAX_HEAD_DIM = 256
 _INF = float("inf")
+
+
+class NotUsableError(Exception):
+    """A package with kernels is missing, broken, or of an interface that is not known here; the text says which."""
+
+
+def why_unusable(load: Callable[[], object]) -> str | None:
+    """The text of the NotUsableError that ``load`` raises, or None."""
+    try:
+        load()
+    except NotUsableError as error:
+        return str(error)
+    return None
 
 
 class FlashBackend(Backend):
