@@ -11,6 +11,7 @@ whose number of query heads is then given. Gradients come back in the same layou
 from __future__ import annotations
 
 import functools
+import operator
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -131,7 +132,7 @@ def attention(
     maxima = (_NO_MAXIMUM, _NO_MAXIMUM)
     others: list[Tensor | None] = []
     if lengths is not None:
-        maxima = tuple(_NO_MAXIMUM if n is None else n for n in (lengths.max_seqlen_q, lengths.max_seqlen_k))  # type: ignore[assignment]
+        maxima = _maximum(lengths.max_seqlen_q), _maximum(lengths.max_seqlen_k)
         same = lengths.cu_seqlens_k is lengths.cu_seqlens_q
         others = [lengths.cu_seqlens_q, None if same else lengths.cu_seqlens_k, lengths.seqused_q, lengths.seqused_k]
     if extras is not NO_EXTRAS:
@@ -142,6 +143,13 @@ def attention(
 
 
 _NUM_LENGTHS = 4
+
+
+def _maximum(longest: int | None) -> int:
+    """The operators' max_seqlen: a Python int (of NumPy's, say), or whatever torch.compile has in its place."""
+    if longest is None:
+        return _NO_MAXIMUM
+    return longest if torch.compiler.is_compiling() else operator.index(longest)
 
 
 def _distinct(tensors: Sequence[Any]) -> list[Any]:
@@ -205,15 +213,13 @@ class _Attention(torch.autograd.Function):
 
 
 def _is_watched(tensors: Sequence[Tensor | None]) -> bool:
-    """Whether a compiler, a dispatch mode or a tensor subclass has to see the operator.
+    """Whether a compiler, a dispatch mode, a tensor subclass or a meta tensor has to see the operator.
 
     If none has, its implementation is called directly: the dispatcher takes 15 µs to hand 25 arguments from Python to Python.
     """
-    return (
-        torch.compiler.is_compiling()
-        or is_in_torch_dispatch_mode()
-        or any(x is not None and type(x) not in _PLAIN for x in tensors)
-    )
+    if torch.compiler.is_compiling() or is_in_torch_dispatch_mode():
+        return True
+    return any(x is not None and (type(x) not in _PLAIN or x.is_meta) for x in tensors)
 
 
 _PLAIN = (Tensor, torch.nn.Parameter)
@@ -259,7 +265,8 @@ def _forward(
     partial = backend.forward(q, k, v, call, want_probs=op_call.want_probs)
     # FlashAttention-2 lays out like q, whatever its strides are; the operator promises a contiguous out.
     target = None if partial.out.is_contiguous() else torch.empty_like(partial.out, memory_format=torch.contiguous_format)
-    trusted = call.varlen is not None and not op_call.read_lengths and q.is_cuda
+    # Rows behind the last document are the kernel's business, as in FlashAttention, but must not reach a sink.
+    trusted = call.varlen is not None and not op_call.read_lengths and q.is_cuda and sink is not None
     ends = call.varlen.cu_seqlens_q if trusted and call.varlen is not None else None
     out, lse = merge([partial], sink, out=target, cu_seqlens_q=ends)
     if call.params.dropout_p == 0:

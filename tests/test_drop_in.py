@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import importlib.util
 import inspect
+import itertools
 import sys
 import types
 
+import numpy
 import pytest
 import torch
 
@@ -16,6 +18,7 @@ from magi_sink_cp.kernels import registry
 from magi_sink_cp.kernels.flash import check_flash_2_window, flash_2_maxima
 from magi_sink_cp.kernels.inputs import make_params
 from magi_sink_cp.kernels.protocol import FP8, Varlen
+from magi_sink_cp.kernels.reference import visible_mask
 from tests.drop_in import (
     DENSE,
     FUNCTIONS,
@@ -247,6 +250,15 @@ def test_no_parameter_is_accepted_and_ignored(name, parameter):
     assert parameter in ELSEWHERE, f"{parameter} of {name} is not tested anywhere"
 
 
+@pytest.mark.parametrize("name", FUNCTIONS)
+def test_meta_tensors_give_shapes(name):
+    case = case_for(name)
+    arguments = {**pack(name, case.q, case.k, case.v), "sink": case.sink, **lengths(name, case)}
+    out = getattr(magi_sink_cp, name)(**{key: x.to("meta") if isinstance(x, torch.Tensor) else x for key, x in arguments.items()})
+    assert out.is_meta
+    assert out.shape == case.q.shape
+
+
 @pytest.mark.parametrize("name", VARLEN)
 def test_lengths(name):
     """max_seqlen may be larger, or None; too small, missing or wrong offsets raise."""
@@ -254,7 +266,8 @@ def test_lengths(name):
     expected = run_drop_in(name, case)
     function = getattr(magi_sink_cp, name)
     arguments = {**pack(name, case.q, case.k, case.v), "sink": case.sink, "causal": True, **lengths(name, case)}
-    for change in ({"max_seqlen_q": 99, "max_seqlen_k": 99}, {"max_seqlen_q": None, "max_seqlen_k": None}):
+    numpy_ints = {"max_seqlen_q": numpy.int64(12), "max_seqlen_k": numpy.int32(9)}
+    for change in ({"max_seqlen_q": 99, "max_seqlen_k": 99}, {"max_seqlen_q": None, "max_seqlen_k": None}, numpy_ints):
         assert torch.equal(function(**{**arguments, **change}), expected["out"])
     for change, message in (
         ({"max_seqlen_q": 11}, "max_seqlen_q must be an int >= 12"),
@@ -351,6 +364,13 @@ def test_block_table_needs_the_flash_attn_package():
         magi_sink_cp.fa2_varlen_func_with_sink(case.q, pages[:, :16], pages[:, :16], **arguments)
     with pytest.raises(ValueError, match=r"block_table must be a contiguous torch.int32 tensor \(4, blocks\) on cpu"):
         magi_sink_cp.fa2_varlen_func_with_sink(case.q, pages, pages, **{**arguments, "block_table": torch.zeros(3, 1)})
+
+
+@pytest.mark.parametrize("flag", ["return_lse", "return_attn_probs"])
+def test_flags_of_flash_attention_4_are_bools(flag):
+    case = case_for("fa4_func_with_sink")
+    with pytest.raises(TypeError, match=f"{flag} must be a bool, got None"):
+        magi_sink_cp.fa4_func_with_sink(case.q, case.k, case.v, **{flag: None})
 
 
 def test_names_of_flash_attention_4():
@@ -487,20 +507,40 @@ def test_what_drop_in_functions_run_on_is_no_public_backend(backend):
         magi_sink_cp.SinkAttention(2, backend=backend)
 
 
-@pytest.mark.parametrize("window_size", [(50, -1), (-1, 100), (3, 64)])
-def test_flash_attention_2_gets_some_masks_wrong_and_is_not_asked_for_them(window_size):
-    """It takes a missing right limit, or one of at least K keys, for K: wrong where there are more queries than keys."""
-    q, k = torch.empty(1, 257, 2, 8), torch.empty(1, 64, 2, 8)
-    call = registry.Call(make_params(8, None, False, window_size, 0.0, False))
-    with pytest.raises(ValueError, match="FlashAttention-2 computes another mask for window_size"):
-        check_flash_2_window(q, k, call)
-    check_flash_2_window(k, q, call)
-    lengths = torch.tensor([0, 257]), torch.tensor([0, 64])
-    varlen = Varlen(*lengths, 257, 64)
-    check_flash_2_window(q[0], k[0], registry.Call(call.params, varlen))
-    assert flash_2_maxima(varlen, window_size) == (257, 258)
-    assert flash_2_maxima(varlen, (-1, 0)) == (257, 64)
-    assert flash_2_maxima(Varlen(*lengths, 1, 1), (4, 0)) == (2, 1)
+def flash_attention_2_mask(num_q: int, num_k: int, max_k: int, window_size: tuple[int, int]) -> torch.Tensor:
+    """What FlashAttention-2 makes of a window (csrc/flash_attn/flash_api.cpp): limits of max_k and more are dropped, then a limit
+    that is missing beside another one is max_k."""
+    left, right = (-1 if size >= max_k else size for size in window_size)
+    if left >= 0 and right < 0:
+        right = max_k
+    if left < 0 and right > 0:
+        left = max_k
+    return visible_mask(num_q, num_k, False, (left, right))
+
+
+def test_flash_attention_2_is_asked_for_no_mask_that_it_gets_wrong():
+    """Every window of every small size: where its mask differs, dense calls are refused, and packed ones get other bounds."""
+    refused = wrong = 0
+    for num_q, num_k, left, right in itertools.product(range(1, 10), range(1, 6), range(-1, 11), range(-1, 11)):
+        window_size = (left, right)
+        true = visible_mask(num_q, num_k, False, window_size)
+        differs = not torch.equal(flash_attention_2_mask(num_q, num_k, num_k, window_size), true)
+        q, k = torch.empty(1, num_q, 1, 8), torch.empty(1, num_k, 1, 8)
+        call = registry.Call(make_params(8, None, False, window_size, 0.0, False))
+        try:
+            check_flash_2_window(q, k, call)
+        except ValueError as error:
+            refused += 1
+            assert "FlashAttention-2 computes another mask for window_size" in str(error)  # noqa: PT017
+            assert differs or right == num_k
+        else:
+            assert not differs, (num_q, num_k, window_size)
+        wrong += differs
+        varlen = Varlen(torch.tensor([0, num_q]), torch.tensor([0, num_k]), num_q, num_k)
+        check_flash_2_window(q[0], k[0], registry.Call(call.params, varlen))
+        _, max_k = flash_2_maxima(varlen, window_size)
+        assert torch.equal(flash_attention_2_mask(num_q, num_k, max_k, window_size), true)
+    assert 0 < wrong <= refused
 
 
 @pytest.mark.parametrize(("name", "bad", "message"), [

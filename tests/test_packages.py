@@ -194,9 +194,10 @@ def test_flash_attention_4_alone_is_not_flash_attention_2(monkeypatch, tmp_path)
         del sys.modules[name]
 
 
-def test_a_broken_flash_attn_says_so(monkeypatch, tmp_path):
+@pytest.mark.parametrize("kind", ["ImportError", "RuntimeError"])
+def test_a_broken_flash_attn_says_so(monkeypatch, tmp_path, kind):
     (tmp_path / "flash_attn").mkdir()
-    (tmp_path / "flash_attn" / "__init__.py").write_text("raise ImportError('undefined symbol: _ZN3c10')")
+    (tmp_path / "flash_attn" / "__init__.py").write_text(f"raise {kind}('undefined symbol: _ZN3c10')")
     monkeypatch.syspath_prepend(tmp_path)
     fa2._library.cache_clear()
     assert fa2.is_installed()

@@ -108,7 +108,7 @@ def fa3_varlen_func_with_sink(
         q: (total_q, h, d); k: (total_k, h_kv, d); v: (total_k, h_kv, d_v).
         cu_seqlens_q, cu_seqlens_k: int32 (documents + 1,) offsets, on the device of q. They end at total_q and total_k.
             CUDA offsets are not read by the host, as in FlashAttention: nothing here waits for the GPU. Rows behind the last
-            document then count as rows without a key, so that dsink is right; their dq is unspecified.
+            document are unspecified, as there; with a sink they count as rows without a key, so that dsink is right.
         max_seqlen_q, max_seqlen_k: longest document, at least. None reads it from the offsets (on a GPU this waits once a tensor).
         sink: (s_sink, h), or with sink_layout="ssh" (total_q, s_sink, h).
         seqused_q, seqused_k: int32 (documents,): only so many rows and keys of each document exist. Other rows are rows without

@@ -86,7 +86,7 @@ def fa4_func_with_sink(
     )  # fmt: skip
     sink = _one_sink(q, sink, learnable_sink)
     params = _params(q, softmax_scale, causal, window_size, softcap, num_splits, pack_gqa, deterministic)
-    want_lse = return_lse or return_attn_probs
+    want_lse = _either(return_lse, return_attn_probs)
     out, lse, _ = dense("fa4", (q, k, v), sink, sink_layout, params, want_lse=want_lse)
     return (out, lse) if want_lse else out
 
@@ -155,9 +155,16 @@ def fa4_varlen_func_with_sink(
     sink = _one_sink(q, sink, learnable_sink)
     params = _params(q, softmax_scale, causal, window_size, softcap, num_splits, pack_gqa, deterministic)
     lengths = Lengths(cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)  # type: ignore[arg-type]
-    want_lse = return_lse or return_attn_probs
+    want_lse = _either(return_lse, return_attn_probs)
     out, lse, _ = varlen("fa4", (q, k, v), sink, sink_layout, params, lengths, want_lse=want_lse)
     return (out, lse) if want_lse else out
+
+
+def _either(return_lse: bool, return_attn_probs: bool) -> bool:
+    for name, flag in (("return_lse", return_lse), ("return_attn_probs", return_attn_probs)):
+        if not isinstance(flag, bool):
+            raise TypeError(f"{name} must be a bool, got {flag!r}")
+    return return_lse or return_attn_probs
 
 
 def _one_sink(q: Tensor, sink: Tensor | None, learnable_sink: Tensor | None) -> Tensor | None:

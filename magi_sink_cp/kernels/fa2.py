@@ -52,6 +52,8 @@ class Fa2Backend(NoLseGradientBackend):
     def unavailable(self) -> str | None:
         if not torch.cuda.is_available():
             return "torch sees no CUDA GPU"
+        if (capability := torch.cuda.get_device_capability()) < (8, 0):
+            return f"it needs sm_80 or newer, and this GPU is sm_{capability[0]}{capability[1]}"
         return why_unusable(_library)
 
     def unsupported(self, q: Tensor, call: Call, head_dim_v: int | None = None) -> str | None:
@@ -94,7 +96,7 @@ def is_installed() -> bool:
     """Whether FlashAttention-2 is there, usable or not. FlashAttention-4 alone also answers to ``import flash_attn``."""
     try:
         return importlib.util.find_spec("flash_attn") is not None and importlib.util.find_spec(_MODULE) is not None
-    except ImportError:  # flash_attn/__init__.py is there and does not load
+    except Exception:  # flash_attn/__init__.py is there and does not load, whatever it raises
         return True
 
 

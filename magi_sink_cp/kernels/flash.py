@@ -112,14 +112,20 @@ def mask_and_scores(call: Call) -> dict[str, Any]:
 
 
 def check_flash_2_window(q: Tensor, k: Tensor, call: Call) -> None:
-    """Refuse the dense masks that FlashAttention-2 gets wrong: it takes a missing or large right limit for one of K keys.
+    """Refuse the dense masks that FlashAttention-2 gets wrong.
+
+    With K keys it drops a limit of at least K, and then takes K for a right limit that is missing beside a left one. Both change
+    what the first of T queries see where T is larger than K.
 
     Raises:
-        ValueError: more queries than keys, and a left limit alone, or a right limit of at least K.
+        ValueError: it would compute another mask.
     """
     left, right = call.params.window_size
     num_q, num_k = q.shape[-3], k.shape[-3]
-    if call.varlen is None and ((left >= 0 and right < 0 and num_q > num_k + 1) or num_k <= right < num_q - 1):
+    has_left, has_right = 0 <= left < num_k, 0 <= right < num_k
+    takes_k = has_left and not has_right and num_q > num_k + 1
+    drops_right = not has_left and num_k <= right < num_q - 1
+    if call.varlen is None and (takes_k or drops_right):
         raise ValueError(
             f"FlashAttention-2 computes another mask for window_size={call.params.window_size} with {num_q} queries and {num_k} "
             "keys. Pack the batch (cu_seqlens), which it computes right, or use FlashAttention-3"

@@ -178,6 +178,11 @@ def _is_int(value: object) -> bool:
     return isinstance(value, int) and not isinstance(value, bool)
 
 
+def _is_integer(value: object) -> bool:
+    """Whether value is an integer, NumPy's included, and neither a bool nor a tensor (reading one would wait for the GPU)."""
+    return hasattr(value, "__index__") and not isinstance(value, (bool, Tensor))
+
+
 def _check_float(name: str, value: float, zero_allowed: bool) -> float:
     """value as a finite float that is not negative."""
     if not isinstance(value, (int, float)) or isinstance(value, bool):
@@ -220,7 +225,7 @@ def check_lengths(q: Tensor, k: Tensor, cu_seqlens_q: Tensor | None, cu_seqlens_
         longest = others.get(name)
         if torch.compiler.is_compiling():  # it may depend on data, which nothing can be asked of
             break
-        if longest is not None and (not _is_int(longest) or longest < 0):
+        if longest is not None and (not _is_integer(longest) or longest < 0):
             raise ValueError(f"{name} must be an int >= 0, the longest document of cu_seqlens_{name[-1]}, got {longest!r}")
 
 

@@ -54,7 +54,8 @@ def merge(
     else:
         rows = max(p.start + p.out.shape[-3] for p in partials)
     covers_all = first.start == 0 and first.out.shape[-3] == rows
-    if len(partials) == 1 and sink is None and covers_all and out is None and out_dtype == first.out.dtype:
+    unchanged = len(partials) == 1 and sink is None and covers_all and out is None and out_dtype == first.out.dtype
+    if unchanged and cu_seqlens_q is None:
         return first.out, first.lse
     lse = first.lse if covers_all else first.lse.new_empty(*first.lse.shape[:-1], rows)
     if out is None:

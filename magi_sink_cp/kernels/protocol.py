@@ -5,7 +5,7 @@ Shapes: B batch, T query rows, K key rows, H query heads, H_kv key/value heads, 
 - dense:   q (B, T, H, D), k and v (B, K, H_kv, D), lse (B, H, T); or
 - varlen:  q (T, H, D), k and v (K, H_kv, D), lse (H, T), documents given by :class:`Varlen`.
 
-These are FlashAttention's own layouts; nothing between a kernel and the caller transposes them, and out is never copied.
+These are FlashAttention's own layouts; nothing between a kernel and the caller transposes them.
 """
 
 from __future__ import annotations
