@@ -157,7 +157,7 @@ CP = [
         "dsink_reduce='sum' is for sink_layout='sh'",
     ),
     ({"dsink_reduce": "sum"}, ValueError, "dsink_reduce='sum' reduces the gradient of a sink, and sink is None"),
-    ({"window_size": (4, 0)}, NotImplementedError, r"window_size=\(4, 0\) does not run across ranks yet"),
+    ({"window_size": (4, 0, 0)}, ValueError, r"window_size must be two ints .* got \(4, 0, 0\)"),
     ({"backend": "nope"}, ValueError, "backend must be 'auto' or one of"),
 ]
 

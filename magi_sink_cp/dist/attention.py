@@ -5,6 +5,7 @@ Shapes on a rank: T local tokens, H query heads, H_kv key/value heads, D head_di
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -56,7 +57,8 @@ def cp_attention_with_sink(
         plan: of :func:`magi_sink_cp.make_cp_plan`; its documents do not see each other.
         sink: "sh": (s_sink, h), the same on every rank. "ssh": (plan.local_tokens, s_sink, h), sharded like q.
         causal: mask within each document.
-        window_size: only (-1, -1), or (-1, 0), which is causal: sliding windows do not run across ranks yet.
+        window_size: (left, right) tokens seen around each query in its document; -1 is unlimited; causal makes right 0. Only the
+            keys within the window travel, and one plan serves layers with different windows.
         dsink_reduce: of the gradient of an "sh" sink, to which each rank contributes its own rows: "none" leaves the partial sum,
             for frameworks that reduce parameter gradients themselves; "sum" and "avg" all-reduce it over the group.
         sink_layout, softmax_scale, softcap, deterministic, backend, return_lse: as in attention_with_sink.
@@ -68,7 +70,6 @@ def cp_attention_with_sink(
         TypeError, ValueError: an argument is invalid, or the ranks differ in their arguments, which they compare before any data
             moves: every time on a CPU group, on GPUs the first time that the group sees them. A ``plan`` that is no plan raises on
             its rank alone.
-        NotImplementedError: window_size limits the mask.
     """
     if not isinstance(plan, CPPlan):
         raise TypeError(f"plan must come from make_cp_plan, got {type(plan).__name__}")
@@ -120,11 +121,6 @@ def _check_call(
             )
     check_sink(sink, sink_layout, q)
     params = make_params(q.shape[-1], softmax_scale, causal, window_size, softcap, deterministic)
-    if params.window_size not in ((-1, -1), (-1, 0)):
-        raise NotImplementedError(
-            f"window_size={tuple(window_size)} does not run across ranks yet; allowed are (-1, -1) and (-1, 0). "
-            "attention_with_sink supports windows on one device"
-        )
     check_backend_name(backend)
     if dsink_reduce not in DSINK_REDUCTIONS:
         raise ValueError(f"dsink_reduce must be one of {DSINK_REDUCTIONS}, got {dsink_reduce!r}")
@@ -135,7 +131,7 @@ def _check_call(
     if plan.group is not None and backend_for(plan.group, q.device.type) is None:
         config = dist.get_backend_config(plan.group)
         raise ValueError(f"q, k and v must be on a device that the plan's group ({config}) can send from, got {q.device}")
-    return _Call(plan, plan.schedule(params.causal), select_backend(backend, q, Call(params)), params, dsink_reduce)
+    return _Call(plan, plan.schedule(params.window_size), select_backend(backend, q, Call(params)), params, dsink_reduce)
 
 
 def _signature(q: Tensor, k: Tensor, v: Tensor, sink: Tensor | None, call: _Call, sink_layout: str) -> dict[str, object]:
@@ -202,12 +198,13 @@ class _CPAttentionWithSink(torch.autograd.Function):
         for stage, k_stage, v_stage in _travelling_keys(k, v, call):
             dk_stage, dv_stage = _GradientSum(k_stage, len(stage.calls)), _GradientSum(v_stage, len(stage.calls))
             delta: RowDelta | None = None
-            for kernel in stage.calls:
+            for number, kernel in enumerate(stage.calls):
                 grads = _backward_kernel(dout, q, k_stage, v_stage, out, lse, dlse, kernel, call)
                 dq.add((kernel.rows,), grads.dq)
                 dk_stage.add((kernel.keys,), grads.dk)
                 dv_stage.add((kernel.keys,), grads.dv)
-                delta = grads.delta
+                if number == 0:  # on own keys it covers every row
+                    delta = grads.delta
             if stage is call.schedule.local:
                 dk.add(((0, k.shape[0]),), dk_stage.result())
                 dv.add(((0, v.shape[0]),), dv_stage.result())
@@ -262,10 +259,8 @@ def _backward_kernel(
 
 
 def _request(kernel: KernelCall, call: _Call, device: torch.device) -> Call:
-    """The call's params with the mask of one kernel call: causal on own keys, all-visible on those of other ranks."""
-    window_size = (-1, 0) if kernel.causal else (-1, -1)
-    params = AttentionParams(call.params.softmax_scale, window_size, call.params.softcap, call.params.deterministic)
-    return Call(params, call.plan.varlen(kernel, device))
+    """The call's params with the mask of one kernel call."""
+    return Call(dataclasses.replace(call.params, window_size=kernel.window_size), call.plan.varlen(kernel, device))
 
 
 class _GradientSum:

@@ -18,7 +18,7 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from magi_sink_cp.dist.agreement import agree, group_device
 from magi_sink_cp.dist.layout import LAYOUTS, Range, RankRanges, num_tokens
-from magi_sink_cp.dist.schedule import KernelCall, Schedule, build_schedule
+from magi_sink_cp.dist.schedule import CAUSAL, FULL, KernelCall, Schedule, Window, build_schedule
 from magi_sink_cp.kernels.inputs import check_offsets, read_cu_seqlens
 from magi_sink_cp.kernels.protocol import Varlen
 
@@ -104,7 +104,7 @@ class CPPlan:
         self.token_mask = real.to(device)
         self.real_tokens = int(real.sum())
         self._digest = _sha256((total_tokens, layout, documents))
-        self._schedules: dict[bool, Schedule] = {}
+        self._schedules: dict[Window, Schedule] = {}
         self._varlens: dict[tuple[KernelCall, torch.device], Varlen | None] = {}
 
     def __repr__(self) -> str:
@@ -140,17 +140,21 @@ class CPPlan:
             raise
         return _Unshard.apply(x, dim, self)
 
-    def schedule(self, causal: bool) -> Schedule:
-        """This rank's stages under a causal or a full mask; built once."""
-        if causal not in self._schedules:
-            self._schedules[causal] = build_schedule(self.layout, self.documents, causal, self.rank)
-        return self._schedules[causal]
+    def schedule(self, window_size: Window) -> Schedule:
+        """This rank's stages under a mask, (left, right) as in attention_with_sink with right 0 for causal; built once."""
+        if window_size not in self._schedules:
+            self._schedules[window_size] = build_schedule(self.layout, self.documents, window_size, self.rank)
+        return self._schedules[window_size]
 
     def varlen(self, call: KernelCall, device: torch.device) -> Varlen | None:
-        """The call's offsets on ``device``, made once; None for a single document, which runs as a dense batch of one."""
+        """The call's offsets on ``device``, made once; None for a single document, which runs as a dense batch of one.
+
+        Windows always run packed: FlashAttention-2 gets some dense ones wrong (kernels/flash.py).
+        """
         key = (call, device)
         if key not in self._varlens:
-            self._varlens[key] = None if len(call.cu_seqlens_q) == 2 else _varlen(call, device)
+            is_dense = len(call.cu_seqlens_q) == 2 and call.window_size in (FULL, CAUSAL)
+            self._varlens[key] = None if is_dense else _varlen(call, device)
         return self._varlens[key]
 
     def agree(self, signature: Mapping[str, object] | Exception, what: str) -> None:

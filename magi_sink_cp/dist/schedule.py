@@ -11,6 +11,11 @@ Under zigzag and a causal mask, cp_size = 2, one document (rows × keys by chunk
     rank 1  1       #  \\                          travels, because no query there sees it.
     rank 1  2       #  \\  \\
     rank 0  3       \\  #  #  \\
+
+Under a sliding window only the keys within it travel: of each chunk at most the last ``left`` and the first ``right`` (a halo). A
+kernel call knows nothing of where its rows and keys stand; its window is aligned to the bottom right of each segment, so that
+rows that end at global index r and keys that end at k see, under the global window (left, right), the kernel's
+(left + k - r, right + r - k).
 """
 
 from __future__ import annotations
@@ -21,13 +26,18 @@ from dataclasses import dataclass
 
 from magi_sink_cp.dist.layout import Range, RankRanges, num_tokens, pack
 
+Window = tuple[int, int]
+FULL: Window = (-1, -1)
+CAUSAL: Window = (-1, 0)
+
 
 @dataclass(frozen=True)
 class Segment:
-    """Query rows × keys of one document: a full rectangle, or in a causal call a masked square."""
+    """Query rows × keys of one document under a kernel's window (left, right), aligned to the bottom right; -1 is unlimited."""
 
     rows: Range
     keys: Range
+    window_size: Window
 
 
 @dataclass(frozen=True)
@@ -42,17 +52,31 @@ class KernelCall:
     keys: Range
     cu_seqlens_q: tuple[int, ...]
     cu_seqlens_k: tuple[int, ...]
-    causal: bool
+    window_size: Window
 
     @property
     def pairs(self) -> int:
         """Visible (query, key) pairs: the kernel's work."""
+        left, right = self.window_size
         total = 0
         for b in range(len(self.cu_seqlens_q) - 1):
             num_q = self.cu_seqlens_q[b + 1] - self.cu_seqlens_q[b]
             num_k = self.cu_seqlens_k[b + 1] - self.cu_seqlens_k[b]
-            total += num_q * (num_q + 1) // 2 if self.causal else num_q * num_k
+            highest = num_k if right < 0 else num_k - num_q + right
+            total += _pairs_up_to(num_q, num_k, highest)
+            if left >= 0:
+                total -= _pairs_up_to(num_q, num_k, num_k - num_q - left - 1)
         return total
+
+
+def _pairs_up_to(num_q: int, num_k: int, offset: int) -> int:
+    """How many pairs (p, s), 0 <= p < num_q, 0 <= s < num_k, have s - p <= offset."""
+
+    def below(rows: int) -> int:  # Σ min(num_k, u) for u = 1 … rows
+        beyond = max(0, rows - num_k)
+        return rows * (rows + 1) // 2 - beyond * (beyond + 1) // 2 if rows > 0 else 0
+
+    return below(num_q + offset) - below(offset)
 
 
 @dataclass(frozen=True)
@@ -91,24 +115,27 @@ class Schedule:
         return self.stages[1:]
 
 
-def build_schedule(layout: Sequence[RankRanges], documents: Sequence[Range], causal: bool, rank: int) -> Schedule:
+def build_schedule(layout: Sequence[RankRanges], documents: Sequence[Range], window_size: Window, rank: int) -> Schedule:
     """The schedule of ``rank``.
 
     Args:
         layout: global token ranges per rank; padding lies behind the last document.
         documents: sorted, disjoint, non-empty global ranges that tile the real tokens.
-        causal: causal mask within each document, else each document sees all of itself.
+        window_size: (left, right) tokens that a query sees around itself in its document; -1 is unlimited, right 0 is causal.
     """
     cp_size = len(layout)
     index = _DocumentIndex(documents)
-    stages = [Stage(_group(local_segments(layout[rank], index), causal), rank, (), rank, ())]
+    longest = max((hi - lo for lo, hi in documents), default=1)
+    left, right = (-1 if size >= longest - 1 and size > 0 else size for size in window_size)
+    window = left, right
+    stages = [Stage(_local_calls(layout[rank], index, window), rank, (), rank, ())]
     for step in range(1, cp_size):
         source, target = (rank - step) % cp_size, (rank + step) % cp_size
-        rectangles, needed = _remote_rectangles(layout[rank], layout[source], index, causal)
-        _, asked = _remote_rectangles(layout[target], layout[rank], index, causal)
+        segments, needed = _remote_segments(layout[rank], layout[source], index, window)
+        _, asked = _remote_segments(layout[target], layout[rank], index, window)
         stages.append(
             Stage(
-                calls=_group(_merge_rectangles(rectangles), False),
+                calls=_group(segments),
                 send_to=target,
                 send=asked,
                 receive_from=source,
@@ -139,49 +166,33 @@ class _DocumentIndex:
         return [d for d in self.documents[first:last] if d[1] > tokens[0]]
 
 
-def local_segments(ranges: RankRanges, index: _DocumentIndex) -> list[Segment]:
-    """One segment for each document's own tokens on this rank; a document that spans two ranges is contiguous locally."""
-    rows: list[Range] = []
+def _local_calls(ranges: RankRanges, index: _DocumentIndex, window: Window) -> tuple[KernelCall, ...]:
+    """The calls on a rank's own keys; the first one holds each document's rows over their own keys, so all of the rank's rows.
+
+    Under a mask that ignores distance a document that spans two of the rank's ranges is one segment, as it is contiguous locally.
+    Under a window, ranges that are not neighbours see each other as two ranks' would.
+    """
+    if window not in (FULL, CAUSAL):
+        ranges = _union(ranges)
+    segments: list[Segment] = []
     last_document: Range | None = None
-    base = 0
-    for lo, hi in ranges:
+    for base, (lo, hi) in _with_base(ranges):
         for document in index.within((lo, hi)):
             first, last = base + max(lo, document[0]) - lo, base + min(hi, document[1]) - lo
-            if document == last_document:
-                rows[-1] = (rows[-1][0], last)
-            else:
-                rows.append((first, last))
+            if document == last_document and window in (FULL, CAUSAL):
+                first = segments.pop().rows[0]
+            segments.append(Segment((first, last), (first, last), window))
             last_document = document
-        base += hi - lo
-    return [Segment(r, r) for r in rows]
+    across = _rectangles(ranges, ranges, index, window) if window not in (FULL, CAUSAL) else []
+    return _group(segments) + _group(across)
 
 
-def _remote_rectangles(
-    query_ranges: RankRanges, key_ranges: RankRanges, index: _DocumentIndex, causal: bool
+def _remote_segments(
+    query_ranges: RankRanges, key_ranges: RankRanges, index: _DocumentIndex, window: Window
 ) -> tuple[list[Segment], RankRanges]:
-    """(rectangles, needed): rows local to the query rank × keys as buffer positions, and the needed keys local to the key rank.
-
-    Two disjoint ranges share at most one document, the one that reaches from the end of the first into the start of the second.
-    """
-    found: list[tuple[Range, Range]] = []
-    for row_base, rows in _with_base(query_ranges):
-        for key_base, keys in _with_base(key_ranges):
-            keys_first = keys[1] <= rows[0]
-            if causal and not keys_first:
-                continue
-            earlier, later = (keys, rows) if keys_first else (rows, keys)
-            document = index.at(earlier[1] - 1)
-            if document is None or document != index.at(later[0]):
-                continue
-            row_lo, row_hi = max(rows[0], document[0]), min(rows[1], document[1])
-            key_lo, key_hi = max(keys[0], document[0]), min(keys[1], document[1])
-            found.append(
-                (
-                    (row_base + row_lo - rows[0], row_base + row_hi - rows[0]),
-                    (key_base + key_lo - keys[0], key_base + key_hi - keys[0]),
-                )
-            )
-    needed = _union([keys for _, keys in found])
+    """(segments, needed): rows local to the query rank × keys as buffer positions, and the needed keys local to the key rank."""
+    found = _rectangles(query_ranges, key_ranges, index, window)
+    needed = _union([s.keys for s in found])
     starts = [lo for lo, _ in needed]
     packed = pack(needed)
 
@@ -190,7 +201,51 @@ def _remote_rectangles(
         shift = packed[which][0] - needed[which][0]
         return keys[0] + shift, keys[1] + shift
 
-    return [Segment(rows, to_buffer(keys)) for rows, keys in found], needed
+    segments = [Segment(s.rows, to_buffer(s.keys), s.window_size) for s in found]
+    whole = [s for s in segments if s.window_size == FULL]
+    return _merge_rectangles(whole) + [s for s in segments if s.window_size != FULL], needed
+
+
+def _rectangles(query_ranges: RankRanges, key_ranges: RankRanges, index: _DocumentIndex, window: Window) -> list[Segment]:
+    """Rows × keys, each local to its own rank, of every two different ranges, without rows and keys that see nothing of the other.
+
+    Two disjoint ranges share at most one document, the one that reaches from the end of the first into the start of the second.
+    """
+    left, right = window
+    found: list[Segment] = []
+    for row_base, rows in _with_base(query_ranges):
+        for key_base, keys in _with_base(key_ranges):
+            if rows == keys:
+                continue
+            earlier, later = (keys, rows) if keys[1] <= rows[0] else (rows, keys)
+            document = index.at(earlier[1] - 1)
+            if document is None or document != index.at(later[0]):
+                continue
+            row_lo, row_hi = max(rows[0], document[0]), min(rows[1], document[1])
+            key_lo, key_hi = max(keys[0], document[0]), min(keys[1], document[1])
+            row_lo, row_hi = _reach((row_lo, row_hi), (key_lo, key_hi), right, left)
+            key_lo, key_hi = _reach((key_lo, key_hi), (row_lo, row_hi), left, right)
+            if row_lo >= row_hi or key_lo >= key_hi:
+                continue
+            # The kernel's limits, and none where they hide no pair.
+            lag = row_hi - key_hi
+            kernel_left = -1 if left < 0 or left - lag >= key_hi - key_lo - 1 else left - lag
+            kernel_right = -1 if right < 0 or right + lag >= row_hi - row_lo - 1 else right + lag
+            found.append(
+                Segment(
+                    (row_base + row_lo - rows[0], row_base + row_hi - rows[0]),
+                    (key_base + key_lo - keys[0], key_base + key_hi - keys[0]),
+                    (kernel_left, kernel_right),
+                )
+            )
+    return found
+
+
+def _reach(tokens: Range, others: Range, before: int, after: int) -> Range:
+    """Those of ``tokens`` that stand at most ``before`` before or ``after`` after one of the others; -1 is any distance."""
+    lo = tokens[0] if before < 0 else max(tokens[0], others[0] - before)
+    hi = tokens[1] if after < 0 else min(tokens[1], others[1] + after)
+    return lo, hi
 
 
 def _with_base(ranges: RankRanges) -> list[tuple[int, Range]]:
@@ -214,34 +269,35 @@ def _union(ranges: Sequence[Range]) -> RankRanges:
 
 
 def _merge_rectangles(segments: Sequence[Segment]) -> list[Segment]:
-    """Fewer, larger rectangles with the same pairs: joined along the keys, then along the rows, where they touch."""
+    """Fewer, larger full rectangles with the same pairs: joined along the keys, then along the rows, where they touch."""
     along_keys: list[Segment] = []
     for s in sorted(segments, key=lambda s: (s.rows, s.keys)):
         if along_keys and along_keys[-1].rows == s.rows and along_keys[-1].keys[1] == s.keys[0]:
-            s = Segment(s.rows, (along_keys.pop().keys[0], s.keys[1]))
+            s = Segment(s.rows, (along_keys.pop().keys[0], s.keys[1]), s.window_size)
         along_keys.append(s)
     along_rows: list[Segment] = []
     for s in sorted(along_keys, key=lambda s: (s.keys, s.rows)):
         if along_rows and along_rows[-1].keys == s.keys and along_rows[-1].rows[1] == s.rows[0]:
-            s = Segment((along_rows.pop().rows[0], s.rows[1]), s.keys)
+            s = Segment((along_rows.pop().rows[0], s.rows[1]), s.keys, s.window_size)
         along_rows.append(s)
     return along_rows
 
 
-def _group(segments: Sequence[Segment], causal: bool) -> tuple[KernelCall, ...]:
-    """Kernel calls whose segments ascend in rows and in keys: the first call that a segment fits behind takes it."""
+def _group(segments: Sequence[Segment]) -> tuple[KernelCall, ...]:
+    """Kernel calls whose segments have one window and ascend in rows and in keys: the first that a segment fits behind takes it."""
     groups: list[list[Segment]] = []
     for s in sorted(segments, key=lambda s: (s.rows, s.keys)):
         for group in groups:
-            if group[-1].rows[1] <= s.rows[0] and group[-1].keys[1] <= s.keys[0]:
+            last = group[-1]
+            if last.window_size == s.window_size and last.rows[1] <= s.rows[0] and last.keys[1] <= s.keys[0]:
                 group.append(s)
                 break
         else:
             groups.append([s])
-    return tuple(_call(group, causal) for group in groups)
+    return tuple(_call(group) for group in groups)
 
 
-def _call(segments: Sequence[Segment], causal: bool) -> KernelCall:
+def _call(segments: Sequence[Segment]) -> KernelCall:
     first, last = segments[0], segments[-1]
     cu_q, cu_k = [first.rows[0]], [first.keys[0]]
     for s in segments:
@@ -258,5 +314,5 @@ def _call(segments: Sequence[Segment], causal: bool) -> KernelCall:
         keys=(first.keys[0], last.keys[1]),
         cu_seqlens_q=tuple(x - first.rows[0] for x in cu_q),
         cu_seqlens_k=tuple(x - first.keys[0] for x in cu_k),
-        causal=causal,
+        window_size=first.window_size,
     )

@@ -11,7 +11,7 @@ import torch.distributed as dist
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from magi_sink_cp import cp_attention_with_sink, make_cp_plan
+from magi_sink_cp import attention_with_sink, cp_attention_with_sink, make_cp_plan
 from magi_sink_cp.dist import attention as cp_module
 from magi_sink_cp.kernels.protocol import Partial
 from magi_sink_cp.kernels.reference import reference_attention
@@ -101,6 +101,54 @@ def test_options(num_ranks, options, sink_layout):
     )
 
 
+@pytest.mark.parametrize("num_ranks", [1, 2, 3, 4])
+@pytest.mark.parametrize("options", [
+    {"causal": True, "window_size": (0, -1)},  # each query sees itself alone
+    {"causal": True, "window_size": (3, -1)},  # smaller than a chunk
+    {"causal": True, "window_size": (12, 0)},  # larger than a chunk, smaller than the first document
+    {"causal": True, "window_size": (500, 0)},  # larger than everything
+    {"causal": False, "window_size": (5, 2)},
+    {"causal": False, "window_size": (-1, 4)},
+    {"causal": False, "window_size": (7, -1), "softcap": 2.0},
+    {"causal": False, "window_size": (0, 9), "with_dlse": True},
+])  # fmt: skip
+@pytest.mark.parametrize("sink_layout", ["sh", "ssh"])
+def test_windows(num_ranks, options, sink_layout):
+    arguments = {"arguments": {}, "lengths": [31, 2, 0, 14], "s_sink": 2, "sink_layout": sink_layout}
+    run_on_ranks(num_ranks, body_matches_reference, **arguments, **options)
+
+
+@pytest.mark.parametrize("num_ranks", [2, 4])
+def test_one_plan_serves_window_and_full_layers(num_ranks):
+    run_on_ranks(num_ranks, body_alternating_layers)
+
+
+def body_alternating_layers(group, device) -> None:
+    """Layers as in gpt-oss, window 6 and full in turns, on one plan: forward and all gradients as on one device."""
+    torch.manual_seed(0)
+    x, dout = (torch.randn(40, 4, 8, dtype=torch.float64) for _ in range(2))
+    sinks = [torch.randn(1, 4, dtype=torch.float64) for _ in range(4)]
+    cu_seqlens = torch.tensor([0, 27, 40], dtype=torch.int32)
+    plan = make_cp_plan(40, group=group, cu_seqlens=cu_seqlens)
+
+    def stack(x, attention, **arguments):
+        leaves = [x.clone().requires_grad_(), *(sink.clone().requires_grad_() for sink in sinks)]
+        hidden = leaves[0]
+        for layer, sink in enumerate(leaves[1:]):
+            window_size = (6, 0) if layer % 2 == 0 else (-1, 0)
+            hidden = hidden + attention(hidden, hidden, hidden, sink, causal=True, window_size=window_size, **arguments)
+        return hidden, leaves
+
+    whole, exact = stack(x, attention_with_sink, cu_seqlens_q=cu_seqlens, cu_seqlens_k=cu_seqlens)
+    whole.backward(dout)
+    local, leaves = stack(plan.shard(x), cp_attention_with_sink, plan=plan, dsink_reduce="sum")
+    local.backward(plan.shard(dout))
+    torch.testing.assert_close(plan.unshard(local.detach()), whole.detach(), rtol=1e-10, atol=1e-10)
+    torch.testing.assert_close(plan.unshard(leaves[0].grad), exact[0].grad, rtol=1e-10, atol=1e-10)
+    for ours, true in zip(leaves[1:], exact[1:], strict=True):
+        torch.testing.assert_close(ours.grad, true.grad, rtol=1e-10, atol=1e-10)
+
+
 @pytest.mark.parametrize("num_ranks", [1, 2, 4])
 @pytest.mark.parametrize("sink_layout", ["sh", "ssh"])
 @pytest.mark.parametrize("value", [float("-inf"), -1e4, -30.0, 100.0])
@@ -115,11 +163,12 @@ def body_extreme_sinks(group, device, *, sink_layout, value) -> None:
     assert_close(cp_results(case, group, device), truth(case), 1e-5)
 
 
-@settings(max_examples=40, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
+@settings(max_examples=60, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
 @given(
     num_ranks=st.sampled_from([2, 3, 4]),
     lengths=st.lists(st.integers(0, 30), min_size=1, max_size=6),
     causal=st.booleans(),
+    window_size=st.one_of(st.just((-1, -1)), st.tuples(st.integers(-1, 25), st.integers(-1, 25))),
     heads_kv=st.integers(1, 2),
     groups=st.integers(1, 3),
     s_sink=st.integers(1, 3),

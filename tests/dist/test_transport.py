@@ -82,7 +82,7 @@ def body_counts(group, device, *, causal, cu_seqlens, dsink_reduce) -> None:
     leaves = inputs(plan, torch.bfloat16)
     arguments = {"plan": plan, "causal": causal, "dsink_reduce": dsink_reduce}
     cp_attention_with_sink(*leaves, **arguments)  # the signature is compared here
-    remote = plan.schedule(causal).remote
+    remote = plan.schedule((-1, 0 if causal else -1)).remote
     token_bytes = 2 * HEADS_KV * HEAD_DIM * 2  # k and v, bf16
     sent, received = (sum(getattr(s, f"{way}_tokens") for s in remote) * token_bytes for way in ("sent", "received"))
     messages_out, messages_in = (sum(2 * len(getattr(s, way)) for s in remote) for way in ("send", "receive"))
@@ -107,7 +107,7 @@ def test_zigzag_sends_half_of_what_a_ring_would():
 
 def body_half(group, device) -> None:
     plan = make_cp_plan(64, group=group)
-    (remote,) = plan.schedule(True).remote
+    (remote,) = plan.schedule((-1, 0)).remote
     assert remote.sent_tokens == (16 if plan.rank == 0 else 32)
     assert remote.received_tokens == (32 if plan.rank == 0 else 16)
 
@@ -154,7 +154,7 @@ def test_misuse():
 def body_misuse(group, device) -> None:
     plan = make_cp_plan(16, group=group)
     k = torch.randn(plan.local_tokens, HEADS_KV, HEAD_DIM)
-    (remote,) = plan.schedule(True).remote
+    (remote,) = plan.schedule((-1, 0)).remote
     transfer = transport.group_cast((k, k), remote, group)
     received = transfer.wait()
     assert [x.shape[0] for x in received] == [remote.received_tokens] * 2
