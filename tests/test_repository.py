@@ -93,7 +93,7 @@ def readme_examples() -> list[str]:
 def test_the_readme_has_examples_for_one_device_for_drop_in_functions_and_for_torchrun():
     examples = readme_examples()
     assert len(examples) == 3
-    assert all(len(example.splitlines()) <= 20 for example in examples)
+    assert all(len(example.splitlines()) <= 22 for example in examples)
 
 
 @pytest.mark.parametrize("number", [0, 1, 2])

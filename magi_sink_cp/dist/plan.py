@@ -79,7 +79,7 @@ class CPPlan:
         token_mask: bool (local_tokens,), False on padding.
         real_tokens: tokens of this rank that are not padding; they come first.
         rank, cp_size: this rank within the cp group, and its size (0 and 1 without a group).
-        group: the ProcessGroup, or None.
+        group: the ProcessGroup, or None; the plan does not keep it alive.
 
     position_ids and token_mask are on the group's device (the current GPU for NCCL, the CPU for gloo); without a group, on the
     device of cu_seqlens if that is a tensor, else on the current GPU if there is one.
@@ -89,7 +89,9 @@ class CPPlan:
         self, total_tokens: int, documents: tuple[Range, ...], layout: str, group: ProcessGroup | None, device: torch.device
     ) -> None:
         self.total_tokens = total_tokens
-        self.group = group
+        # Weakly: destroy_process_group ends gloo's threads only if nothing else holds the group, and a thread that lets go of a tensor
+        # while Python shuts down aborts the process.
+        self._group = None if group is None else weakref.ref(group)
         self.rank = 0 if group is None else dist.get_rank(group)
         self.cp_size = 1 if group is None else dist.get_world_size(group)
         self.layout: tuple[RankRanges, ...] = LAYOUTS[layout](total_tokens, self.cp_size)
@@ -106,6 +108,18 @@ class CPPlan:
         self._digest = _sha256((total_tokens, layout, documents))
         self._schedules: dict[Window, Schedule] = {}
         self._varlens: dict[tuple[KernelCall, torch.device], Varlen | None] = {}
+
+    @property
+    def group(self) -> ProcessGroup | None:
+        """The cp group.
+
+        Raises:
+            RuntimeError: it has been destroyed since the plan was made.
+        """
+        group = None if self._group is None else self._group()
+        if self._group is not None and group is None:
+            raise RuntimeError("the plan's process group has been destroyed; make a new plan with make_cp_plan")
+        return group
 
     def __repr__(self) -> str:
         return (

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from unittest import mock
 
 import pytest
@@ -252,3 +254,19 @@ def body_outside(group, device) -> None:
     """What new_group gives to a rank that is not in it is refused there, and the members go on."""
     with pytest.raises((ValueError, TypeError), match="group must"):
         make_cp_plan(8, group=dist.GroupMember.NON_GROUP_MEMBER)
+
+
+def test_a_plan_does_not_keep_its_group_alive():
+    """destroy_process_group then ends gloo's threads; one that outlives Python's own end aborts the process."""
+    code = (
+        "import torch.distributed as dist; from magi_sink_cp import make_cp_plan\n"
+        "dist.init_process_group('gloo', store=dist.HashStore(), rank=0, world_size=1)\n"
+        "plan = make_cp_plan(8, group=dist.group.WORLD)\n"
+        "assert plan.group is dist.group.WORLD\n"
+        "dist.destroy_process_group()\n"
+        "try: plan.group\n"
+        "except RuntimeError as error: print(error)\n"
+    )
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    assert "the plan's process group has been destroyed; make a new plan" in result.stdout
