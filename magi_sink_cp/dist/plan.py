@@ -89,7 +89,7 @@ class CPPlan:
         self, total_tokens: int, documents: tuple[Range, ...], layout: str, group: ProcessGroup | None, device: torch.device
     ) -> None:
         self.total_tokens = total_tokens
-        # Weakly: destroy_process_group ends gloo's threads only if nothing else holds the group, and a thread that lets go of a tensor
+        # Weakly: destroy_process_group ends gloo's threads only if nothing else holds the group, and a thread that frees a tensor
         # while Python shuts down aborts the process.
         self._group = None if group is None else weakref.ref(group)
         self.rank = 0 if group is None else dist.get_rank(group)
