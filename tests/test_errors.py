@@ -125,8 +125,8 @@ def test_a_changed_cu_seqlens_is_checked_again():
 PLAN = [
     ({"total_tokens": 2.0}, TypeError, "total_tokens must be an int, got 2.0"),
     ({"total_tokens": -1}, ValueError, "total_tokens must be >= 0, got -1"),
-    ({"layout": ["zigzag"]}, ValueError, r"layout must be one of \['zigzag'\], got \['zigzag'\]"),
-    ({"layout": "striped"}, ValueError, r"layout must be one of \['zigzag'\], got 'striped'"),
+    ({"layout": ["zigzag"]}, ValueError, r"layout must be one of \['balanced', 'zigzag'\], got \['zigzag'\]"),
+    ({"layout": "striped"}, ValueError, r"layout must be one of \['balanced', 'zigzag'\], got 'striped'"),
     ({"cu_seqlens": cu(0, 9)}, ValueError, "cu_seqlens must end at the number of tokens, 10, got 9"),
     ({"cu_seqlens": [0, 7, 5, 10]}, ValueError, "cu_seqlens must not fall, but entry 2 is 5 after 7"),
     ({"cu_seqlens": [1, 10]}, ValueError, r"cu_seqlens must start at 0, got \[1, 10\]"),
@@ -146,9 +146,10 @@ def test_make_cp_plan(change, error, message):
 
 CP = [
     ({"plan": None}, TypeError, "plan must come from make_cp_plan, got NoneType"),
-    ({"q": torch.randn(9, 4, 8)}, ValueError, r"q must have the plan's local_tokens, 10, as its first size, got \(9, 4, 8\)"),
+    ({"q": torch.randn(9, 4, 8)}, ValueError, r"q must have the plan's local_tokens, 10, as its tokens, got \(9, 4, 8\)"),
     ({"k": torch.randn(9, 2, 8), "v": torch.randn(9, 2, 8)}, ValueError, r"k must have the plan's local_tokens, 10"),
-    ({"q": torch.randn(1, 10, 4, 8)}, ValueError, r"q must have 3 dimensions \(plan.local_tokens, heads, head_dim\)"),
+    ({"q": torch.randn(10, 4)}, ValueError, r"q must have 3 dimensions \(plan.local_tokens, heads, head_dim\) or \(batch, plan"),
+    ({"q": torch.randn(1, 10, 4, 8)}, ValueError, r"k must have 4 dimensions \(batch, plan.local_tokens, heads, head_dim\)"),
     ({"sink": torch.randn(9, 1, 4), "sink_layout": "ssh"}, ValueError, r"shape \(10, s_sink >= 1, 4\)"),
     ({"dsink_reduce": "max"}, ValueError, r"dsink_reduce must be one of \('none', 'sum', 'avg'\), got 'max'"),
     (

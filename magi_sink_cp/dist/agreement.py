@@ -3,13 +3,30 @@
 from __future__ import annotations
 
 import json
+import weakref
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch.distributed import ProcessGroup
 
 _RECORD_BYTES = 4096
+
+
+class GroupRef:
+    """A process group that is not kept alive: destroy_process_group ends gloo's threads only if nothing else holds the group, and
+    a thread that frees a tensor while Python shuts down aborts the process."""
+
+    def __init__(self, group: ProcessGroup) -> None:
+        self._ref = weakref.ref(group)
+
+    def __call__(self) -> ProcessGroup:
+        """The group; RuntimeError if it has been destroyed."""
+        group = self._ref()
+        if group is None:
+            raise RuntimeError("the plan's process group has been destroyed; make a new plan with make_cp_plan")
+        return group
 
 
 def backend_for(group: ProcessGroup, device_type: str) -> str | None:
@@ -38,18 +55,9 @@ def agree(record: Mapping[str, object] | Exception, group: ProcessGroup, what: s
         content = {"error": f"{type(record).__name__}: {record}"[:600]}  # at most 600 · 6 bytes as JSON
     else:
         content |= record
-    encoded = json.dumps(content, ensure_ascii=False).encode()
-    if len(encoded) > _RECORD_BYTES:
-        raise ValueError(f"the arguments of {what} take {len(encoded)} bytes to compare, more than {_RECORD_BYTES}")
-    # On the attention's own device also where the group has gloo beside NCCL: NCCL's first operation of a group must be such a
-    # collective, in which every rank takes part; in a stage of attention some have nothing to send.
-    mine = torch.frombuffer(bytearray(encoded.ljust(_RECORD_BYTES)), dtype=torch.uint8).to(group_device(group))
-    gathered = mine.new_empty(dist.get_world_size(group) * _RECORD_BYTES)
-    dist.all_gather(list(gathered.split(_RECORD_BYTES)), mine, group=group)
+    records = collect(content, group)
     if isinstance(record, Exception):
         raise record
-    raw = bytes(gathered.tolist())
-    records = [json.loads(raw[i : i + _RECORD_BYTES]) for i in range(0, len(raw), _RECORD_BYTES)]
     for rank, other in enumerate(records):
         if "error" in other:
             raise ValueError(f"{what}: cp rank {rank} was given something invalid, so no rank goes on: {other['error']}")
@@ -58,3 +66,17 @@ def agree(record: Mapping[str, object] | Exception, group: ProcessGroup, what: s
         if any(value != values[0] for value in values):
             text = ", ".join(f"rank {rank}: {value!r}" for rank, value in enumerate(values))
             raise ValueError(f"{what}: all ranks of the cp group must be given the same {name}, got {text}")
+
+
+def collect(record: Mapping[str, object], group: ProcessGroup) -> list[dict[str, Any]]:
+    """Every rank's record, in the order of the ranks. Every rank of the group must call this."""
+    encoded = json.dumps(record, ensure_ascii=False).encode()
+    if len(encoded) > _RECORD_BYTES:
+        raise ValueError(f"the record takes {len(encoded)} bytes to exchange, more than {_RECORD_BYTES}: {str(record)[:200]}…")
+    # On the attention's own device also where the group has gloo beside NCCL: NCCL's first operation of a group must be such a
+    # collective, in which every rank takes part; in a stage of attention some have nothing to send.
+    mine = torch.frombuffer(bytearray(encoded.ljust(_RECORD_BYTES)), dtype=torch.uint8).to(group_device(group))
+    gathered = mine.new_empty(dist.get_world_size(group) * _RECORD_BYTES)
+    dist.all_gather(list(gathered.split(_RECORD_BYTES)), mine, group=group)
+    raw = bytes(gathered.tolist())
+    return [json.loads(raw[i : i + _RECORD_BYTES]) for i in range(0, len(raw), _RECORD_BYTES)]

@@ -16,10 +16,10 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from magi_sink_cp.dist.agreement import backend_for
-from magi_sink_cp.dist.layout import RankRanges
+from magi_sink_cp.dist.layout import Range
 from magi_sink_cp.dist.plan import CPPlan
 from magi_sink_cp.dist.schedule import KernelCall, Schedule, Stage
-from magi_sink_cp.dist.transport import Transfer, group_cast, group_reduce
+from magi_sink_cp.dist.transport import Transfer, Transport
 from magi_sink_cp.kernels.dsink import sink_gradient
 from magi_sink_cp.kernels.inputs import check_qkv, check_sink, make_params
 from magi_sink_cp.kernels.merge import MAX_PARTIALS, merge
@@ -27,6 +27,7 @@ from magi_sink_cp.kernels.protocol import AttentionParams, Backend, Call, Gradie
 from magi_sink_cp.kernels.registry import check_backend_name, select_backend
 
 DSINK_REDUCTIONS = ("none", "sum", "avg")
+CHECKS = ("auto", "always")
 
 
 def cp_attention_with_sink(
@@ -43,6 +44,9 @@ def cp_attention_with_sink(
     softcap: float = 0.0,
     deterministic: bool = False,
     dsink_reduce: str = "none",
+    overlap_degree: int | str = "auto",
+    grad_reduce_dtype: torch.dtype | None = None,
+    checks: str = "auto",
     backend: str = "auto",
     return_lse: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor]:
@@ -52,36 +56,54 @@ def cp_attention_with_sink(
     every rank must run backward through it if any does (a rank without a loss of its own can use ``out.sum() * 0``).
 
     Args:
-        q: (plan.local_tokens, h, d).
-        k, v: (plan.local_tokens, h_kv, d); h_kv divides h.
+        q: (plan.local_tokens, h, d), or (b, plan.local_tokens, h, d): b samples, each of them a sequence as the plan says.
+        k, v: (plan.local_tokens, h_kv, d), or with b as q; h_kv divides h.
         plan: of :func:`magi_sink_cp.make_cp_plan`; its documents do not see each other.
-        sink: "sh": (s_sink, h), the same on every rank. "ssh": (plan.local_tokens, s_sink, h), sharded like q.
+        sink: "sh": (s_sink, h), the same on every rank. "ssh": (plan.local_tokens, s_sink, h), or with b, sharded like q.
         causal: mask within each document.
         window_size: (left, right) tokens seen around each query in its document; -1 is unlimited; causal makes right 0. Only the
             keys within the window travel, and one plan serves layers with different windows.
         dsink_reduce: of the gradient of an "sh" sink, to which each rank contributes its own rows: "none" leaves the partial sum,
             for frameworks that reduce parameter gradients themselves; "sum" and "avg" all-reduce it over the group.
+        overlap_degree: in how many stages other ranks' keys travel while the stage before is computed, at most cp_size - 1; 0 waits
+            for all of them and computes each row once. "auto" takes the least of a cost model (magi_sink_cp/dist/overlap.py).
+        grad_reduce_dtype: in which several ranks' contributions to dk and dv are added up: torch.float32 (default; fp64 for fp64
+            inputs) or the dtype of k, which saves memory and rounds after each.
+        checks: when the ranks compare their arguments: "auto" as under Raises, "always" in every call, for debugging.
         sink_layout, softmax_scale, softcap, deterministic, backend, return_lse: as in attention_with_sink.
 
     Returns:
-        out (plan.local_tokens, h, d), or (out, lse) with lse (h, plan.local_tokens). On padding both are 0, whatever the sink.
+        out (plan.local_tokens, h, d), or (out, lse) with lse (h, plan.local_tokens); with b as q: (b, plan.local_tokens, h, d) and
+        (b, h, plan.local_tokens). On padding both are 0, whatever the sink.
 
     Raises:
         TypeError, ValueError: an argument is invalid, or the ranks differ in their arguments, which they compare before any data
             moves: every time on a CPU group, on GPUs the first time that the group sees them. A ``plan`` that is no plan raises on
             its rank alone.
+        RuntimeError: a transfer failed or took longer than the group's timeout; on GPUs the process ends with that text instead.
     """
     if not isinstance(plan, CPPlan):
         raise TypeError(f"plan must come from make_cp_plan, got {type(plan).__name__}")
+    always = checks == "always"
     try:
+        if checks not in CHECKS:
+            raise ValueError(f"checks must be one of {CHECKS}, got {checks!r}")
         call = _check_call(
-            q, k, v, sink, plan, sink_layout, softmax_scale, causal, window_size, softcap, deterministic, dsink_reduce, backend
-        )
+            q, k, v, sink, plan, sink_layout, softmax_scale, causal, window_size, softcap, deterministic, dsink_reduce,
+            overlap_degree, grad_reduce_dtype, backend,
+        )  # fmt: skip
     except Exception as error:
-        plan.agree(error, "cp_attention_with_sink")
+        plan.agree(error, "cp_attention_with_sink", always)
         raise
-    plan.agree(_signature(q, k, v, sink, call, sink_layout), "cp_attention_with_sink")
-    out, lse = _CPAttentionWithSink.apply(q, k, v, sink, call)
+    plan.agree(_signature(q, k, v, sink, call, sink_layout), "cp_attention_with_sink", always)
+    if q.dim() == 3:
+        out, lse = _CPAttentionWithSink.apply(q, k, v, sink, call)
+    else:
+        batch = q.shape[:2]
+        q, k, v = (x.flatten(0, 1) for x in (q, k, v))
+        sink = sink.flatten(0, 1) if sink is not None and sink_layout == "ssh" else sink
+        out, lse = _CPAttentionWithSink.apply(q, k, v, sink, call)
+        out, lse = out.unflatten(0, batch), lse.unflatten(1, batch).transpose(0, 1)
     return (out, lse) if return_lse else out
 
 
@@ -90,10 +112,25 @@ class _Call:
     """Everything of a call that is not differentiated."""
 
     plan: CPPlan
+    batch_size: int
+    overlap_degree: int
     schedule: Schedule
     backend: Backend
     params: AttentionParams
     dsink_reduce: str
+    grad_reduce_dtype: torch.dtype
+
+    @property
+    def transport(self) -> Transport:
+        """How keys travel; only a schedule with travelling stages asks."""
+        assert self.plan.transport is not None, "a plan with remote stages has a transport"
+        return self.plan.transport
+
+    def padding(self, device: torch.device) -> Tensor:
+        """bool (T,): the rows that are no token of the sequence."""
+        return (torch.arange(self.batch_size * self.plan.local_tokens, device=device) % max(1, self.plan.local_tokens)) >= (
+            self.plan.real_tokens
+        )
 
 
 def _check_call(
@@ -109,16 +146,20 @@ def _check_call(
     softcap: float,
     deterministic: bool,
     dsink_reduce: str,
+    overlap_degree: int | str,
+    grad_reduce_dtype: torch.dtype | None,
     backend: str,
 ) -> _Call:
-    check_qkv(q, k, v, 3, "(plan.local_tokens, heads, head_dim)")
+    if isinstance(q, Tensor) and q.dim() == 4:
+        check_qkv(q, k, v, 4, "(batch, plan.local_tokens, heads, head_dim)")
+    else:
+        check_qkv(q, k, v, 3, "(plan.local_tokens, heads, head_dim) or (batch, plan.local_tokens, heads, head_dim)")
     if v.shape != k.shape:
         raise ValueError(f"k and v must have one shape across ranks, got k {tuple(k.shape)} and v {tuple(v.shape)}")
     for name, x in (("q", q), ("k", k)):
-        if x.shape[0] != plan.local_tokens:
-            raise ValueError(
-                f"{name} must have the plan's local_tokens, {plan.local_tokens}, as its first size, got {tuple(x.shape)}"
-            )
+        if x.shape[-3] != plan.local_tokens:
+            raise ValueError(f"{name} must have the plan's local_tokens, {plan.local_tokens}, as its tokens, got {tuple(x.shape)}")
+    batch_size = 1 if q.dim() == 3 else q.shape[0]
     check_sink(sink, sink_layout, q)
     params = make_params(q.shape[-1], softmax_scale, causal, window_size, softcap, deterministic)
     check_backend_name(backend)
@@ -128,22 +169,37 @@ def _check_call(
         raise ValueError(f"dsink_reduce={dsink_reduce!r} is for sink_layout='sh'; the rows of an 'ssh' sink live on one rank each")
     if dsink_reduce != "none" and sink is None:
         raise ValueError(f"dsink_reduce={dsink_reduce!r} reduces the gradient of a sink, and sink is None")
+    if overlap_degree == "auto":
+        overlap_degree = plan.overlap_degree(
+            params.window_size, batch_size, q.shape[-2], k.shape[-2], q.shape[-1], q.element_size()
+        )
+    elif not isinstance(overlap_degree, int) or isinstance(overlap_degree, bool) or overlap_degree < 0:
+        raise ValueError(f"overlap_degree must be an int >= 0 or 'auto', got {overlap_degree!r}")
+    exact = stat_dtype(q.dtype)
+    if grad_reduce_dtype not in (None, exact, q.dtype):
+        raise ValueError(f"grad_reduce_dtype must be {exact} or the dtype of k, {q.dtype}, got {grad_reduce_dtype!r}")
     if plan.group is not None and backend_for(plan.group, q.device.type) is None:
         config = dist.get_backend_config(plan.group)
         raise ValueError(f"q, k and v must be on a device that the plan's group ({config}) can send from, got {q.device}")
-    return _Call(plan, plan.schedule(params.window_size), select_backend(backend, q, Call(params)), params, dsink_reduce)
+    schedule = plan.schedule(params.window_size, overlap_degree, batch_size)
+    return _Call(
+        plan, batch_size, overlap_degree, schedule, select_backend(backend, q, Call(params)), params, dsink_reduce,
+        grad_reduce_dtype or exact,
+    )  # fmt: skip
 
 
 def _signature(q: Tensor, k: Tensor, v: Tensor, sink: Tensor | None, call: _Call, sink_layout: str) -> dict[str, object]:
     """What the ranks must agree on. Token counts are the plan's, which its ranks have compared already."""
     return {
-        "heads, heads_kv, head_dim": [q.shape[1], k.shape[1], q.shape[2]],
+        "batch, heads, heads_kv, head_dim": [call.batch_size, q.shape[-2], k.shape[-2], q.shape[-1]],
         "dtype": str(q.dtype),
         "device type": q.device.type,
         "sink (s_sink, dtype)": None if sink is None else [sink.shape[-2], str(sink.dtype)],
         "sink_layout": sink_layout,
         "mask and scores": repr(call.params),
         "dsink_reduce": call.dsink_reduce,
+        "overlap_degree": call.overlap_degree,
+        "grad_reduce_dtype": str(call.grad_reduce_dtype),
         "backend": call.backend.name,
         "requires_grad of q, k, v, sink": [torch.is_grad_enabled() and x is not None and x.requires_grad for x in (q, k, v, sink)],
     }
@@ -164,19 +220,23 @@ class _CPAttentionWithSink(torch.autograd.Function):
     def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, sink: Tensor | None, call: _Call) -> tuple[Tensor, Tensor]:
         k, v = k.contiguous(), v.contiguous()
         out = torch.empty_like(q, memory_format=torch.contiguous_format)
+        own: list[Partial] = []  # of calls that write their rows of out themselves
         partials: list[Partial] = []
-        for stage, k_stage, v_stage in _travelling_keys(k, v, call):
-            for kernel in stage.calls:
-                if len(partials) == MAX_PARTIALS:
-                    partials = [Partial(*merge(partials, out_dtype=stat_dtype(q.dtype)))]
+        for stage in _stages(k, v, call):
+            for kernel in stage.kernels():
                 rows, keys = slice(*kernel.rows), slice(*kernel.keys)
-                target = out[rows] if not partials else None
-                partials.append(_forward_kernel(q[rows], k_stage[keys], v_stage[keys], kernel, call, target))
-        out, lse = merge(partials or [nothing_seen(q)], sink, out=out)
+                if kernel.first:
+                    own.append(_forward_kernel(q[rows], stage.k[keys], stage.v[keys], kernel, call, out[rows]))
+                    continue
+                if not partials:
+                    partials = [_together(own, q, out)]
+                elif len(partials) == MAX_PARTIALS:
+                    partials = [Partial(*merge(partials, out_dtype=stat_dtype(q.dtype)))]
+                partials.append(_forward_kernel(q[rows], stage.k[keys], stage.v[keys], kernel, call, None))
+        out, lse = merge(partials or [_together(own, q, out)], sink, out=out)
         ctx.save_for_backward(q, k, v, sink, out, lse)
-        if call.plan.real_tokens < q.shape[0]:  # the padding's lse, the sink alone, must not reach a loss on lse
-            lse = lse.clone()
-            lse[:, call.plan.real_tokens :] = 0.0
+        if call.plan.pad_tokens:  # the padding's lse, the sink alone, must not reach a loss on lse
+            lse = lse.masked_fill(call.padding(q.device), 0.0)
         ctx.call = call
         ctx.set_materialize_grads(False)
         return out, lse
@@ -188,46 +248,111 @@ class _CPAttentionWithSink(torch.autograd.Function):
         call: _Call = ctx.call
         dout = torch.zeros_like(out) if dout is None else dout
         if dlse is not None:  # log 0 depends on nothing, and padding belongs to nothing
-            dlse = dlse.masked_fill(torch.isneginf(lse) | (torch.arange(q.shape[0], device=q.device) >= call.plan.real_tokens), 0.0)
-        remote = call.schedule.remote
-        dq = _GradientSum(q, sum(len(stage.calls) for stage in call.schedule.stages))
-        arrivals = 1 + sum(stage.sent_tokens > 0 for stage in remote)
-        dk, dv = _GradientSum(k, arrivals), _GradientSum(v, arrivals)
-        dsink: _SinkGradient | None = None
+            dlse = dlse.masked_fill(torch.isneginf(lse) | call.padding(q.device), 0.0)
+        everything: Pieces = (((0, k.shape[0]), (0, k.shape[0])),)
+        stages = call.schedule.stages
+        dq = _GradientSum(q, 1 + sum(not kernel.first for stage in stages for kernel in stage.calls))
+        arrivals = 1 + sum(len({message.peer for message in stage.reduce.receives}) for stage in stages)
+        dk, dv = (_GradientSum(x, arrivals, call.grad_reduce_dtype) for x in (k, v))
+        # Rows that no call has are padding.
+        own_dq = (torch.zeros_like if call.plan.pad_tokens else torch.empty_like)(q, memory_format=torch.contiguous_format)
+        dsink = _SinkGradient(sink, lse, call) if ctx.needs_input_grad[3] else None
         homeward: tuple[Stage, Transfer] | None = None
-        for stage, k_stage, v_stage in _travelling_keys(k, v, call):
-            dk_stage, dv_stage = _GradientSum(k_stage, len(stage.calls)), _GradientSum(v_stage, len(stage.calls))
-            delta: RowDelta | None = None
-            for number, kernel in enumerate(stage.calls):
-                grads = _backward_kernel(dout, q, k_stage, v_stage, out, lse, dlse, kernel, call)
-                dq.add((kernel.rows,), grads.dq)
-                dk_stage.add((kernel.keys,), grads.dk)
-                dv_stage.add((kernel.keys,), grads.dv)
-                if number == 0:  # on own keys it covers every row
-                    delta = grads.delta
-            if stage is call.schedule.local:
-                dk.add(((0, k.shape[0]),), dk_stage.result())
-                dv.add(((0, v.shape[0]),), dv_stage.result())
-                if ctx.needs_input_grad[3]:
-                    dsink = _SinkGradient(sink_gradient(sink, lse, delta, out, dout, dlse), call)
-                continue
+        for stage in _stages(k, v, call):
+            dk_stage, dv_stage = (_GradientSum(x, len(stage.schedule.calls)) for x in (stage.k, stage.v))
+            more: list[tuple[Range, Tensor]] = []
+            for kernel in stage.kernels():
+                rows, keys = slice(*kernel.rows), slice(*kernel.keys)
+                target = own_dq[rows] if kernel.first else None
+                grads = _backward_kernel(dout, q, stage.k[keys], stage.v[keys], out, lse, dlse, kernel, call, target)
+                for total, part in ((dk_stage, grads.dk), (dv_stage, grads.dv)):
+                    total.add(part, ((kernel.keys, (0, part.shape[0])),))
+                if not kernel.first:
+                    more.append((kernel.rows, grads.dq))
+                elif dsink is not None:
+                    dsink.add(grads.delta, out[rows], dout[rows], None if dlse is None else dlse[:, rows], rows)
+            grads_here = [dk_stage.result(), dv_stage.result()]
+            leaving = None
+            if not stage.schedule.local:
+                leaving = stage.schedule, call.transport.start(grads_here, stage.schedule.reduce)
+            own = everything if stage.schedule.local else stage.schedule.own
+            if own:
+                dk.add(grads_here[0], own)
+                dv.add(grads_here[1], own)
+            if stage.schedule is stages[0]:
+                dq.add(own_dq, (((0, q.shape[0]), (0, q.shape[0])),))
+                if dsink is not None:
+                    dsink.reduce()
+            for span, part in more:
+                dq.add(part, ((span, (0, part.shape[0])),))
             _add_arrived(homeward, dk, dv)
-            assert call.plan.group is not None, "a plan with remote stages has a group"
-            homeward = stage, group_reduce([dk_stage.result(), dv_stage.result()], stage, call.plan.group)
+            homeward = leaving
         _add_arrived(homeward, dk, dv)
-        sink_grad = None if dsink is None else dsink.wait().to(sink.dtype)
-        return dq.result(), dk.result(), dv.result(), sink_grad, None
+        return dq.result(), dk.result(), dv.result(), None if dsink is None else dsink.wait(), None
 
 
-def _travelling_keys(k: Tensor, v: Tensor, call: _Call) -> Iterator[tuple[Stage, Tensor, Tensor]]:
-    """Yield (stage, its k, its v), stage by stage, with the next stage's keys already on their way."""
-    stages, arriving = call.schedule.stages, None
+class _StageKeys:
+    """A stage with its keys, which may still be arriving."""
+
+    def __init__(self, stage: Stage, k: Tensor, v: Tensor, transfer: Transfer | None) -> None:
+        self.schedule, self.k, self.v = stage, k, v
+        self._transfer = transfer
+        self._here = transfer is None
+
+    def kernels(self) -> Iterator[KernelCall]:
+        """The stage's calls, each when its keys are there."""
+        for number, kernel in enumerate(self.schedule.calls):
+            if number == self.schedule.num_own_calls:
+                self.arrive()
+            yield kernel
+
+    def arrive(self) -> None:
+        """Wait for the keys, if nobody has."""
+        if self._transfer is not None and not self._here:
+            self._transfer.wait()
+            self._here = True
+
+    def release(self) -> None:
+        """Nothing reads the keys any more."""
+        if self._transfer is not None:
+            self.arrive()
+            self._transfer.release()
+
+
+def _stages(k: Tensor, v: Tensor, call: _Call) -> Iterator[_StageKeys]:
+    """The stages one by one, with the next one's keys already on their way."""
+    stages = call.schedule.stages
+    coming = None if stages[0].local else _start(stages[0], k, v, call)
     for number, stage in enumerate(stages):
-        k_stage, v_stage = (k, v) if arriving is None else arriving.wait()
-        if number + 1 < len(stages):
-            assert call.plan.group is not None, "a plan with remote stages has a group"
-            arriving = group_cast((k, v), stages[number + 1], call.plan.group)
-        yield stage, k_stage, v_stage
+        here = _StageKeys(stage, k, v, None) if coming is None else coming
+        if stage.calls and not stage.num_own_calls:
+            here.arrive()
+        coming = _start(stages[number + 1], k, v, call) if number + 1 < len(stages) else None
+        yield here
+        here.release()
+
+
+def _start(stage: Stage, k: Tensor, v: Tensor, call: _Call) -> _StageKeys:
+    """Send the stage's keys on their way, and put this rank's own among them."""
+    transfer = call.transport.start((k, v), stage.cast)
+    k_stage, v_stage = transfer.buffers
+    for (lo, hi), (start, stop) in stage.own:
+        k_stage[start:stop].copy_(k[lo:hi])
+        v_stage[start:stop].copy_(v[lo:hi])
+    return _StageKeys(stage, k_stage, v_stage, transfer)
+
+
+def _together(partials: Sequence[Partial], q: Tensor, out: Tensor) -> Partial:
+    """One partial of all rows from those that have written disjoint rows of ``out``."""
+    if not partials:
+        return nothing_seen(q, out)
+    first = partials[0]
+    if len(partials) == 1 and first.out.shape[0] == q.shape[0]:
+        return first
+    lse = first.lse.new_full((q.shape[1], q.shape[0]), float("-inf"))
+    for partial in partials:
+        lse[:, partial.start : partial.start + partial.out.shape[0]] = partial.lse
+    return Partial(out, lse)
 
 
 def _forward_kernel(q: Tensor, k: Tensor, v: Tensor, kernel: KernelCall, call: _Call, out: Tensor | None) -> Partial:
@@ -242,18 +367,29 @@ def _forward_kernel(q: Tensor, k: Tensor, v: Tensor, kernel: KernelCall, call: _
 
 
 def _backward_kernel(
-    dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, dlse: Tensor | None, kernel: KernelCall, call: _Call
+    dout: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    dlse: Tensor | None,
+    kernel: KernelCall,
+    call: _Call,
+    dq: Tensor | None,
 ) -> Gradients:
-    """Gradients of one kernel call, for its rows and keys."""
-    rows, keys = slice(*kernel.rows), slice(*kernel.keys)
+    """Gradients of one kernel call over its keys k and v, for its rows of the other tensors, in ``dq`` if that is given."""
+    rows = slice(*kernel.rows)
     request = _request(kernel, call, q.device)
     dout, q, saved = dout[rows], q[rows], Partial(out[rows], lse[:, rows].contiguous())
     dlse = None if dlse is None else dlse[:, rows]
+    into = None if dq is None else Gradients(dq, torch.empty_like(k), torch.empty_like(v), None)
     if request.varlen is not None:
-        return call.backend.backward(dout, q, k[keys], v[keys], saved, request, dlse)
-    dense_dlse = None if dlse is None else dlse[None]
+        return call.backend.backward(dout, q, k, v, saved, request, dlse, into)
     dense = Partial(saved.out[None], saved.lse[None])
-    grads = call.backend.backward(dout[None], q[None], k[keys][None], v[keys][None], dense, request, dense_dlse)
+    dense_dlse = None if dlse is None else dlse[None]
+    dense_into = None if into is None else Gradients(into.dq[None], into.dk[None], into.dv[None], None)
+    grads = call.backend.backward(dout[None], q[None], k[None], v[None], dense, request, dense_dlse, dense_into)
     delta = None if grads.delta is None else RowDelta(grads.delta.values[0], grads.delta.rows)
     return Gradients(grads.dq[0], grads.dk[0], grads.dv[0], delta)
 
@@ -263,33 +399,37 @@ def _request(kernel: KernelCall, call: _Call, device: torch.device) -> Call:
     return Call(dataclasses.replace(call.params, window_size=kernel.window_size), call.plan.varlen(kernel, device))
 
 
-class _GradientSum:
-    """Sums ``count`` contributions to the gradient of ``x`` along its first dimension, in fp32, in the order they are added.
+Pieces = Sequence[tuple[Range, Range]]
 
-    Two contributions are added in one kernel that computes in fp32 and rounds once; only more of them need an fp32 buffer.
+
+class _GradientSum:
+    """Sums ``count`` contributions to the gradient of ``x`` along its first dimension, in the order they are added.
+
+    Two contributions are added in one kernel that computes in fp32 and rounds once; more of them in a buffer of ``dtype``, which is
+    fp32 if it is not given.
     """
 
-    def __init__(self, x: Tensor, count: int) -> None:
+    def __init__(self, x: Tensor, count: int, dtype: torch.dtype | None = None) -> None:
         self._like = x
         self._left = count
+        self._dtype = dtype or stat_dtype(x.dtype)
         self._sum: Tensor | None = None
 
-    def add(self, ranges: RankRanges, contribution: Tensor) -> None:
-        """Add ``contribution``, which holds the rows of ``ranges`` back to back."""
+    def add(self, contribution: Tensor, pieces: Pieces) -> None:
+        """Add, for each (rows of x, rows of contribution), these to those."""
         if not contribution.shape[0]:
             return
         self._left -= 1
-        if self._sum is None and ranges == ((0, self._like.shape[0]),):
-            self._sum = contribution
-            return
         if self._sum is None:
+            (rows, source), *others = pieces
+            if not others and rows == (0, self._like.shape[0]):
+                self._sum = contribution[slice(*source)]
+                return
             self._sum = torch.zeros_like(self._like)
-        if self._left > 0:
-            self._sum = self._sum.to(stat_dtype(self._sum.dtype))
-        base = 0
-        for lo, hi in ranges:
-            self._sum[lo:hi] += contribution[base : base + hi - lo]
-            base += hi - lo
+        if self._left > 0 and self._dtype != self._sum.dtype:
+            self._sum = self._sum.to(self._dtype)
+        for rows, source in pieces:
+            self._sum[slice(*rows)] += contribution[slice(*source)]
 
     def result(self) -> Tensor:
         """The sum in the dtype of x; rows without a contribution are 0."""
@@ -297,24 +437,50 @@ class _GradientSum:
 
 
 class _SinkGradient:
-    """dsink on its way through ``dsink_reduce``."""
+    """dsink from the rows of each call, and on its way through ``dsink_reduce``."""
 
-    def __init__(self, dsink: Tensor, call: _Call) -> None:
-        self._dsink = dsink
-        self._divisor = call.plan.cp_size if call.dsink_reduce == "avg" else 1
-        reduces = call.dsink_reduce != "none" and call.plan.group is not None and call.plan.cp_size > 1
-        self._work = dist.all_reduce(dsink, group=call.plan.group, async_op=True) if reduces else None
+    def __init__(self, sink: Tensor, lse: Tensor, call: _Call) -> None:
+        self._sink, self._lse, self._call = sink, lse, call
+        self._dsink: Tensor | None = None
+        self._work: dist.Work | None = None
+
+    def add(self, delta: RowDelta | None, out: Tensor, dout: Tensor, dlse: Tensor | None, rows: slice) -> None:
+        """Add what these rows contribute."""
+        lse = self._lse[:, rows]
+        if self._sink.dim() == 2:
+            part = sink_gradient(self._sink, lse, delta, out, dout, dlse)
+            self._dsink = part if self._dsink is None else self._dsink + part
+            return
+        if self._dsink is None:
+            self._dsink = torch.zeros_like(self._sink)
+        self._dsink[rows] = sink_gradient(self._sink[rows], lse, delta, out, dout, dlse)
+
+    def reduce(self) -> None:
+        """Every row has been added: start the reduction over the ranks, if one was asked for."""
+        if self._dsink is None:  # no row at all
+            self._dsink = torch.zeros_like(self._sink, dtype=self._lse.dtype if self._sink.dim() == 2 else None)
+        self._dsink = self._dsink.contiguous()  # of one memory layout on every rank, as reductions go by memory
+        plan = self._call.plan
+        if self._call.dsink_reduce != "none" and plan.group is not None and plan.cp_size > 1:
+            self._work = dist.all_reduce(self._dsink, group=plan.group, async_op=True)
 
     def wait(self) -> Tensor:
+        assert self._dsink is not None, "reduce() comes first"
         if self._work is not None:
             self._work.wait()
-        return self._dsink / self._divisor if self._divisor > 1 else self._dsink
+        total = self._dsink / self._call.plan.cp_size if self._call.dsink_reduce == "avg" else self._dsink
+        return total.to(self._sink.dtype)
 
 
 def _add_arrived(homeward: tuple[Stage, Transfer] | None, dk: _GradientSum, dv: _GradientSum) -> None:
-    """Wait for the gradients of this rank's keys that another rank computed, and add them."""
+    """Wait for the gradients of this rank's keys that other ranks computed, and add them, rank by rank."""
     if homeward is None:
         return
     stage, transfer = homeward
-    for total, arrived in zip((dk, dv), transfer.wait(), strict=True):
-        total.add(stage.send, arrived)
+    transfer.wait()
+    for peer in sorted({message.peer for message in stage.cast.sends}):
+        pairs = zip(stage.cast.sends, stage.reduce.receives, strict=True)
+        pieces = [(sent.tokens, arrived.tokens) for sent, arrived in pairs if sent.peer == peer]
+        for total, buffer in zip((dk, dv), transfer.buffers, strict=True):
+            total.add(buffer, pieces)
+    transfer.release()

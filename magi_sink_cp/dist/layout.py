@@ -1,21 +1,27 @@
 """Token layouts: which global token ranges each rank holds, as data.
 
 A layout is, per rank, a sorted tuple of disjoint global ranges. Local order is global order, so the tokens of a packed
-document stay contiguous on every rank, and causal masking of local tokens against each other is plain causal masking.
+document stay contiguous on every rank, and causal masking of local tokens against each other is plain causal masking. Every rank
+holds equally many tokens; those from the length of the sequence on are padding.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from bisect import bisect_right
+from collections.abc import Callable, Sequence
+from heapq import heappop, heappush
 
 Range = tuple[int, int]
 RankRanges = tuple[Range, ...]
 
+# Chunks a rank of the balanced layout. Halving them on 4 ranks doubles the worst rank's lead over the mean: docs/benchmarks.md.
+BALANCED_CHUNKS = 8
 
-def zigzag(total_tokens: int, cp_size: int) -> tuple[RankRanges, ...]:
+
+def zigzag(total_tokens: int, cp_size: int, documents: Sequence[Range] = ()) -> tuple[RankRanges, ...]:
     """Head-tail layout: 2·cp equal chunks, of which rank r holds chunks r and 2·cp - 1 - r, padded at the very end.
 
-    Under a causal mask every rank then does the same work. cp_size = 2, 8 tokens:
+    Under a causal mask over one document every rank then does the same work; ``documents`` do not matter. cp_size = 2, 8 tokens:
 
         chunk    0    1    2    3
         tokens  0 1  2 3  4 5  6 7
@@ -25,36 +31,73 @@ def zigzag(total_tokens: int, cp_size: int) -> tuple[RankRanges, ...]:
     (((0, 2), (6, 8)), ((2, 6),))
     """
     chunk = -(-total_tokens // (2 * cp_size))
-    return tuple(_join([_chunk(rank, chunk), _chunk(2 * cp_size - 1 - rank, chunk)]) for rank in range(cp_size))
+    return tuple(union([_chunk(rank, chunk), _chunk(2 * cp_size - 1 - rank, chunk)]) for rank in range(cp_size))
 
 
-LAYOUTS: dict[str, Callable[[int, int], tuple[RankRanges, ...]]] = {"zigzag": zigzag}
+def balanced(total_tokens: int, cp_size: int, documents: Sequence[Range] = ()) -> tuple[RankRanges, ...]:
+    """BALANCED_CHUNKS·cp equal chunks, as many on each rank, so that the ranks' (query, key) pairs under a causal mask are close.
+
+    Heaviest chunk first, each goes to the rank that has least and room left. Where documents are short, a chunk's work depends on
+    how they are cut, which zigzag ignores.
+
+    >>> balanced(16, 1)
+    (((0, 16),),)
+    """
+    chunk = -(-total_tokens // (BALANCED_CHUNKS * cp_size))
+    work = [causal_pairs(_chunk(index, chunk), documents) for index in range(BALANCED_CHUNKS * cp_size)]
+    free = [(0, rank) for rank in range(cp_size)]
+    held: list[list[Range]] = [[] for _ in range(cp_size)]
+    for index in sorted(range(len(work)), key=lambda index: -work[index]):
+        load, rank = heappop(free)
+        held[rank].append(_chunk(index, chunk))
+        if len(held[rank]) < BALANCED_CHUNKS:
+            heappush(free, (load + work[index], rank))
+    return tuple(union(ranges) for ranges in held)
 
 
-def num_tokens(ranges: RankRanges) -> int:
+LAYOUTS: dict[str, Callable[[int, int, Sequence[Range]], tuple[RankRanges, ...]]] = {"zigzag": zigzag, "balanced": balanced}
+
+
+def causal_pairs(rows: Range, documents: Sequence[Range]) -> int:
+    """(query, key) pairs of the rows under a causal mask within sorted documents: row i of a document sees i + 1 keys."""
+    pairs = 0
+    for lo, hi in documents[max(0, bisect_right(documents, (rows[0], rows[0])) - 1) :]:
+        if lo >= rows[1]:
+            break
+        first, last = max(lo, rows[0]) - lo, min(hi, rows[1]) - lo
+        if first < last:
+            pairs += (last * (last + 1) - first * (first + 1)) // 2
+    return pairs
+
+
+def num_tokens(ranges: Sequence[Range]) -> int:
     """How many tokens the ranges hold together."""
     return sum(hi - lo for lo, hi in ranges)
 
 
-def pack(ranges: RankRanges) -> RankRanges:
-    """The positions of the ranges in a buffer that holds them back to back."""
-    packed, base = [], 0
-    for lo, hi in ranges:
-        packed.append((base, base + hi - lo))
-        base += hi - lo
-    return tuple(packed)
+def union(ranges: Sequence[Range]) -> RankRanges:
+    """Sorted disjoint non-empty ranges that cover the same tokens; neighbours are joined."""
+    joined: list[Range] = []
+    for lo, hi in sorted(ranges):
+        if joined and lo <= joined[-1][1]:
+            joined[-1] = (joined[-1][0], max(joined[-1][1], hi))
+        elif hi > lo:
+            joined.append((lo, hi))
+    return tuple(joined)
+
+
+def intersection(ranges: Sequence[Range], others: Sequence[Range]) -> list[Range]:
+    """The tokens of both, which are sorted and disjoint, as one range for each two that overlap."""
+    found = []
+    for lo, hi in others:
+        for which in range(max(0, bisect_right(ranges, (lo, lo)) - 1), len(ranges)):
+            start, stop = ranges[which]
+            if start >= hi:
+                break
+            if max(start, lo) < min(stop, hi):
+                found.append((max(start, lo), min(stop, hi)))
+    return found
 
 
 def _chunk(index: int, size: int) -> Range:
     return index * size, (index + 1) * size
-
-
-def _join(ranges: list[Range]) -> RankRanges:
-    """Sorted ranges with empty ones dropped and neighbours joined."""
-    joined: list[Range] = []
-    for lo, hi in ranges:
-        if joined and joined[-1][1] == lo:
-            joined[-1] = (joined[-1][0], hi)
-        elif hi > lo:
-            joined.append((lo, hi))
-    return tuple(r for r in joined if r[1] > r[0])

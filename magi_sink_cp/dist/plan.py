@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import itertools
+import logging
 import weakref
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -16,16 +17,36 @@ from torch.autograd.function import once_differentiable
 from torch.distributed import ProcessGroup
 from torch.distributed.device_mesh import DeviceMesh
 
-from magi_sink_cp.dist.agreement import agree, group_device
-from magi_sink_cp.dist.layout import LAYOUTS, Range, RankRanges, num_tokens
-from magi_sink_cp.dist.schedule import CAUSAL, FULL, KernelCall, Schedule, Window, build_schedule
+from magi_sink_cp.dist.agreement import GroupRef, agree, backend_for, group_device
+from magi_sink_cp.dist.layout import LAYOUTS, Range, RankRanges, num_tokens, union
+from magi_sink_cp.dist.overlap import Work, choose_overlap_degree
+from magi_sink_cp.dist.schedule import (
+    CAUSAL,
+    FULL,
+    KernelCall,
+    Schedule,
+    Window,
+    add_routes,
+    build_schedule,
+    mean_remote_keys,
+    visible_pairs,
+)
+from magi_sink_cp.dist.symmetric import SymmetricMemory, connect
+from magi_sink_cp.dist.transport import PointToPoint, Transport
 from magi_sink_cp.kernels.inputs import check_offsets, read_cu_seqlens
 from magi_sink_cp.kernels.protocol import Varlen
 
 _UNSHARD = "CPPlan.unshard (or shard's backward)"
 
+TRANSPORTS = ("auto", "nccl", "gloo", "symm_mem")
+
+_log = logging.getLogger("magi_sink_cp")
+
 # Call signatures that the ranks of a group have agreed on, so that a signature is compared once and not once a step.
 _agreed: weakref.WeakKeyDictionary[ProcessGroup, set[str]] = weakref.WeakKeyDictionary()
+
+# Each group's symmetric memory, or why it has none.
+_symmetric: weakref.WeakKeyDictionary[ProcessGroup, SymmetricMemory | str] = weakref.WeakKeyDictionary()
 
 
 def make_cp_plan(
@@ -34,6 +55,7 @@ def make_cp_plan(
     group: ProcessGroup | DeviceMesh | None = None,
     cu_seqlens: Tensor | Sequence[int] | None = None,
     layout: str = "zigzag",
+    transport: str = "auto",
 ) -> CPPlan:
     """Plan how ``total_tokens`` tokens, and the documents among them, are spread over the ranks of a context-parallel group.
 
@@ -44,28 +66,38 @@ def make_cp_plan(
         group: the cp group: a ProcessGroup, a 1-D DeviceMesh, or None for one device (the same script without torchrun).
         cu_seqlens: int32 (documents + 1,) offsets of packed documents, from 0 to total_tokens, zero lengths included; a tensor
             on any device or a sequence of ints. None is one document.
-        layout: "zigzag": rank r holds chunks r and 2·cp - 1 - r of 2·cp equal chunks.
+        layout: "zigzag": rank r holds chunks r and 2·cp - 1 - r of 2·cp equal chunks. "balanced": more, smaller chunks, dealt
+            out so that the ranks' work under a causal mask is nearly equal also for many short documents.
+        transport: how keys travel: "nccl" or "gloo" (the group must have that backend), "symm_mem" (NVLink copies between the GPUs
+            of one host that leave the SMs alone), or "auto": "symm_mem" where it can be set up, else the group's own backend.
 
     Raises:
         TypeError, ValueError: on every rank, if an argument is invalid on any rank or the ranks differ; a ``group`` that is no
             group of this rank raises on this rank alone, as there is nothing to agree over.
+        RuntimeError: transport="symm_mem", and it cannot be set up; the text says why.
     """
     process_group = _process_group(group)
     try:
         documents = _check_arguments(total_tokens, cu_seqlens, layout)
+        _check_transport(transport, process_group)
     except Exception as error:
         if process_group is not None:
             agree(error, process_group, "make_cp_plan")
         raise
     if process_group is not None:
-        record = {"total_tokens": total_tokens, "layout": layout, "cu_seqlens (sha256)": _sha256(documents)}
+        record = {
+            "total_tokens": total_tokens,
+            "layout": layout,
+            "transport": transport,
+            "cu_seqlens (sha256)": _sha256(documents),
+        }
         agree(record, process_group, "make_cp_plan")
         device = group_device(process_group)
     elif isinstance(cu_seqlens, Tensor):
         device = cu_seqlens.device
     else:
         device = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
-    return CPPlan(total_tokens, documents, layout, process_group, device)
+    return CPPlan(total_tokens, documents, layout, process_group, device, _transport(transport, process_group))
 
 
 class CPPlan:
@@ -80,21 +112,27 @@ class CPPlan:
         real_tokens: tokens of this rank that are not padding; they come first.
         rank, cp_size: this rank within the cp group, and its size (0 and 1 without a group).
         group: the ProcessGroup, or None; the plan does not keep it alive.
+        transport: how keys travel, or None if they do not (one rank). Its name is what "auto" has chosen.
 
     position_ids and token_mask are on the group's device (the current GPU for NCCL, the CPU for gloo); without a group, on the
     device of cu_seqlens if that is a tensor, else on the current GPU if there is one.
     """
 
     def __init__(
-        self, total_tokens: int, documents: tuple[Range, ...], layout: str, group: ProcessGroup | None, device: torch.device
+        self,
+        total_tokens: int,
+        documents: tuple[Range, ...],
+        layout: str,
+        group: ProcessGroup | None,
+        device: torch.device,
+        transport: Transport | None,
     ) -> None:
         self.total_tokens = total_tokens
-        # Weakly: destroy_process_group ends gloo's threads only if nothing else holds the group, and a thread that frees a tensor
-        # while Python shuts down aborts the process.
-        self._group = None if group is None else weakref.ref(group)
+        self._group = None if group is None else GroupRef(group)
         self.rank = 0 if group is None else dist.get_rank(group)
         self.cp_size = 1 if group is None else dist.get_world_size(group)
-        self.layout: tuple[RankRanges, ...] = LAYOUTS[layout](total_tokens, self.cp_size)
+        self.layout: tuple[RankRanges, ...] = LAYOUTS[layout](total_tokens, self.cp_size, documents)
+        self.transport = transport
         self.documents = documents
         self.local_tokens = num_tokens(self.layout[self.rank])
         self.pad_tokens = self.cp_size * self.local_tokens - total_tokens
@@ -106,8 +144,9 @@ class CPPlan:
         self.token_mask = real.to(device)
         self.real_tokens = int(real.sum())
         self._digest = _sha256((total_tokens, layout, documents))
-        self._schedules: dict[Window, Schedule] = {}
-        self._varlens: dict[tuple[KernelCall, torch.device], Varlen | None] = {}
+        self._schedules: dict[tuple[Window, int, int], Schedule] = {}
+        self._degrees: dict[tuple[object, ...], int] = {}
+        self._varlens: dict[tuple[int, torch.device], Varlen | None] = {}
 
     @property
     def group(self) -> ProcessGroup | None:
@@ -116,10 +155,7 @@ class CPPlan:
         Raises:
             RuntimeError: it has been destroyed since the plan was made.
         """
-        group = None if self._group is None else self._group()
-        if self._group is not None and group is None:
-            raise RuntimeError("the plan's process group has been destroyed; make a new plan with make_cp_plan")
-        return group
+        return None if self._group is None else self._group()
 
     def __repr__(self) -> str:
         return (
@@ -154,25 +190,63 @@ class CPPlan:
             raise
         return _Unshard.apply(x, dim, self)
 
-    def schedule(self, window_size: Window) -> Schedule:
-        """This rank's stages under a mask, (left, right) as in attention_with_sink with right 0 for causal; built once."""
-        if window_size not in self._schedules:
-            self._schedules[window_size] = build_schedule(self.layout, self.documents, window_size, self.rank)
-        return self._schedules[window_size]
+    def schedule(self, window_size: Window, overlap_degree: int, batch_size: int = 1) -> Schedule:
+        """This rank's stages, built once.
+
+        Args:
+            window_size: (left, right) as in attention_with_sink, with right 0 for causal.
+            overlap_degree: how many stages travel behind another one's computation.
+            batch_size: samples, each laid out and cut into documents as the plan says, back to back.
+        """
+        key = (window_size, min(overlap_degree, max(self.cp_size - 1, 0)), batch_size)
+        if key not in self._schedules:
+            length = self.total_tokens + self.pad_tokens
+            starts = [sample * length for sample in range(batch_size)]
+            layout = [union([(lo + at, hi + at) for at in starts for lo, hi in ranges]) for ranges in self.layout]
+            documents = [(lo + at, hi + at) for at in starts for lo, hi in self.documents]
+            if self.transport is not None and self.transport.needs_route:
+                everybodys = [build_schedule(layout, documents, window_size, rank, overlap_degree) for rank in range(self.cp_size)]
+                self._schedules[key] = add_routes(everybodys, self.rank)
+            else:
+                self._schedules[key] = build_schedule(layout, documents, window_size, self.rank, overlap_degree)
+        return self._schedules[key]
+
+    def overlap_degree(
+        self, window_size: Window, batch_size: int, heads: int, heads_kv: int, head_dim: int, element_size: int
+    ) -> int:
+        """What ``overlap_degree="auto"`` stands for (overlap.py); the same on every rank."""
+        if self.cp_size == 1:
+            return 0
+        key = (window_size, batch_size, heads, heads_kv, head_dim, element_size)
+        if key not in self._degrees:
+            left, right = window_size
+            pairs = sum(visible_pairs(hi - lo, hi - lo, left, right) for lo, hi in self.documents)
+            work = Work(
+                rows=batch_size * self.local_tokens,
+                pairs=batch_size * pairs // self.cp_size,
+                remote_keys=batch_size * mean_remote_keys(self.layout, self.documents, window_size),
+                heads=heads,
+                heads_kv=heads_kv,
+                head_dim=head_dim,
+                element_size=element_size,
+            )
+            on_one_host = self.transport is not None and self.transport.needs_route
+            self._degrees[key] = choose_overlap_degree(work, self.cp_size, "nvlink" if on_one_host else "network")
+        return self._degrees[key]
 
     def varlen(self, call: KernelCall, device: torch.device) -> Varlen | None:
         """The call's offsets on ``device``, made once; None for a single document, which runs as a dense batch of one.
 
         Windows always run packed: FlashAttention-2 gets some dense ones wrong (kernels/flash.py).
         """
-        key = (call, device)
+        key = (id(call), device)  # the plan keeps its schedules and so their calls
         if key not in self._varlens:
             is_dense = len(call.cu_seqlens_q) == 2 and call.window_size in (FULL, CAUSAL)
             self._varlens[key] = None if is_dense else _varlen(call, device)
         return self._varlens[key]
 
-    def agree(self, signature: Mapping[str, object] | Exception, what: str) -> None:
-        """Compare a call's signature over the ranks: every time on a CPU group, on GPUs the first time that this group sees it.
+    def agree(self, signature: Mapping[str, object] | Exception, what: str, always: bool = False) -> None:
+        """Compare a call's signature over the ranks: on GPUs the first time that this group sees it, or ``always``, else every time.
 
         On GPUs an exception is exchanged only while the group has agreed on nothing yet: after that the others may be past this.
         """
@@ -181,7 +255,7 @@ class CPPlan:
                 raise signature
             return
         seen = _agreed.setdefault(self.group, set())
-        every_time = group_device(self.group).type == "cpu"
+        every_time = always or group_device(self.group).type == "cpu"
         if isinstance(signature, Exception):
             if seen and not every_time:
                 raise signature
@@ -288,6 +362,40 @@ def _process_group(group: ProcessGroup | DeviceMesh | None) -> ProcessGroup | No
     if dist.get_rank(group) < 0:
         raise ValueError("group must contain the calling rank, and this rank is not a member of it")
     return group
+
+
+def _check_transport(transport: str, group: ProcessGroup | None) -> None:
+    if not isinstance(transport, str) or transport not in TRANSPORTS:
+        raise ValueError(f"transport must be one of {TRANSPORTS}, got {transport!r}")
+    if group is None or transport == "auto":
+        return
+    backend = backend_for(group, group_device(group).type)
+    if transport == "symm_mem" and group_device(group).type != "cuda":
+        raise ValueError(f"transport='symm_mem' is for GPUs, and the group's backend is {dist.get_backend_config(group)}")
+    if transport != "symm_mem" and transport != backend:
+        raise ValueError(
+            f"transport={transport!r} needs a group with that backend for its device ({group_device(group).type}), got "
+            f"{dist.get_backend_config(group)}"
+        )
+
+
+def _transport(name: str, group: ProcessGroup | None) -> Transport | None:
+    """The transport of a name that _check_transport has let through. Every rank of the group must call this."""
+    if group is None or dist.get_world_size(group) == 1:
+        return None
+    device_type = group_device(group).type
+    if name == "symm_mem" or (name == "auto" and device_type == "cuda"):
+        first = group not in _symmetric
+        if first:
+            _symmetric[group] = connect(group)
+        found = _symmetric[group]
+        if isinstance(found, SymmetricMemory):
+            return found
+        if name == "symm_mem":
+            raise RuntimeError(f"transport='symm_mem' is not possible in this group: {found}; use 'auto' or 'nccl'")
+        if first and dist.get_rank(group) == 0:
+            _log.warning("magi_sink_cp: keys travel by NCCL, as symmetric memory is not possible in this group: %s", found)
+    return PointToPoint(group, backend_for(group, device_type) or device_type)
 
 
 def _check_arguments(total_tokens: int, cu_seqlens: Tensor | Sequence[int] | None, layout: str) -> tuple[Range, ...]:

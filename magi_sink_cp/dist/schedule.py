@@ -1,8 +1,9 @@
 """Who needs which keys, when they travel, and which kernel calls consume them: pure functions over ints.
 
-Words: a *document* is a half-open global token range; *rows* and *keys* are local indices of a rank's tokens; a stage's *buffer*
-holds the keys that arrive for it, in the order of the sender's tokens. Stage 0 is the rank's own keys; in stage t it receives from
-rank (r - t) mod cp while it sends to (r + t) mod cp, and computes on what arrived.
+Words: a *document* is a half-open global token range; *rows* and *keys* are local indices of a rank's tokens. A *stage* brings the
+keys of some ranks together in a *buffer*, in the order of the whole sequence, and computes with them; *step* s of rank r brings
+the keys of rank (r - s) mod cp, so step 0 its own. ``overlap_degree`` n > 0 makes n + 1 stages: the rank's own keys, where nothing
+travels, then the other steps in n groups, each travelling while the stage before computes. 0 makes one stage of them all.
 
 Under zigzag and a causal mask, cp_size = 2, one document (rows × keys by chunk; own causal part \\, remote rectangle #):
 
@@ -10,7 +11,7 @@ Under zigzag and a causal mask, cp_size = 2, one document (rows × keys by chunk
     rank 0  0       \\                             rank 1 holds chunks 1 and 2: both see the remote chunk 0, and chunk 3 never
     rank 1  1       #  \\                          travels, because no query there sees it.
     rank 1  2       #  \\  \\
-    rank 0  3       \\  #  #  \\
+    rank 0  3       \\  #  #  \\                    In one stage, rank 1 computes one causal call of its rows over chunks 0, 1, 2.
 
 Under a sliding window only the keys within it travel: of each chunk at most the last ``left`` and the first ``right`` (a halo). A
 kernel call knows nothing of where its rows and keys stand; its window is aligned to the bottom right of each segment, so that
@@ -20,11 +21,11 @@ rows that end at global index r and keys that end at k see, under the global win
 
 from __future__ import annotations
 
-from bisect import bisect_right
-from collections.abc import Sequence
-from dataclasses import dataclass
+from bisect import bisect_left, bisect_right
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
 
-from magi_sink_cp.dist.layout import Range, RankRanges, num_tokens, pack
+from magi_sink_cp.dist.layout import Range, RankRanges, intersection, num_tokens, union
 
 Window = tuple[int, int]
 FULL: Window = (-1, -1)
@@ -33,11 +34,15 @@ CAUSAL: Window = (-1, 0)
 
 @dataclass(frozen=True)
 class Segment:
-    """Query rows × keys of one document under a kernel's window (left, right), aligned to the bottom right; -1 is unlimited."""
+    """Query rows × keys of one document under a kernel's window (left, right), aligned to the bottom right; -1 is unlimited.
+
+    On the ``diagonal`` the rows are among the keys: every real row is in exactly one such segment of a schedule.
+    """
 
     rows: Range
     keys: Range
     window_size: Window
+    diagonal: bool
 
 
 @dataclass(frozen=True)
@@ -45,7 +50,8 @@ class KernelCall:
     """Segments for one varlen kernel call: rows ``rows`` of q, keys ``keys`` of the stage's K/V, offsets relative to both.
 
     The rows of its segments are disjoint, and so are the keys, so that backward can write dQ, dK and dV without overlap. Rows
-    or keys between two segments appear as documents without keys or without rows.
+    or keys between two segments appear as documents without keys or without rows. ``first`` says that no call before it has its
+    rows, so that it can write their out and dQ and leave their delta.
     """
 
     rows: Range
@@ -53,6 +59,7 @@ class KernelCall:
     cu_seqlens_q: tuple[int, ...]
     cu_seqlens_k: tuple[int, ...]
     window_size: Window
+    first: bool
 
     @property
     def pairs(self) -> int:
@@ -62,11 +69,14 @@ class KernelCall:
         for b in range(len(self.cu_seqlens_q) - 1):
             num_q = self.cu_seqlens_q[b + 1] - self.cu_seqlens_q[b]
             num_k = self.cu_seqlens_k[b + 1] - self.cu_seqlens_k[b]
-            highest = num_k if right < 0 else num_k - num_q + right
-            total += _pairs_up_to(num_q, num_k, highest)
-            if left >= 0:
-                total -= _pairs_up_to(num_q, num_k, num_k - num_q - left - 1)
+            total += visible_pairs(num_q, num_k, left, right)
         return total
+
+
+def visible_pairs(num_q: int, num_k: int, left: int, right: int) -> int:
+    """(query, key) pairs that a window (left, right), aligned to the bottom right, lets through; -1 is unlimited."""
+    total = _pairs_up_to(num_q, num_k, num_k if right < 0 else num_k - num_q + right)
+    return total if left < 0 else total - _pairs_up_to(num_q, num_k, num_k - num_q - left - 1)
 
 
 def _pairs_up_to(num_q: int, num_k: int, offset: int) -> int:
@@ -80,165 +90,257 @@ def _pairs_up_to(num_q: int, num_k: int, offset: int) -> int:
 
 
 @dataclass(frozen=True)
-class Stage:
-    """One step of the schedule. ``send`` are local key ranges for ``send_to``; ``receive`` are the buffer ranges they fill here."""
+class Message:
+    """Token range ``tokens`` to or from a cp rank: of the tensor that is sent, or of the buffer that receives."""
 
-    calls: tuple[KernelCall, ...]
-    send_to: int
-    send: tuple[Range, ...]
-    receive_from: int
-    receive: tuple[Range, ...]
+    peer: int
+    tokens: Range
+
+
+@dataclass(frozen=True)
+class Route:
+    """What a rank must know of the others' buffers to write into them.
+
+    The buffers of exchanges that can be in flight at once stand side by side in an arena, at the same place on every rank.
+
+    Attributes:
+        places: for each of the exchange's sends, the token of the peer's buffer where it begins.
+        parts: tokens of each part of the arena: the largest buffer of any rank.
+        part: which of them the exchange fills.
+    """
+
+    places: tuple[int, ...]
+    parts: tuple[int, ...]
+    part: int
+
+
+@dataclass(frozen=True)
+class Exchange:
+    """What a rank sends and receives at once. Between two ranks the messages stand in one order at both ends.
+
+    ``route`` is None until :func:`add_routes` has set it, for the transports that need it.
+    """
+
+    name: str
+    sends: tuple[Message, ...]
+    receives: tuple[Message, ...]
+    buffer_tokens: int
+    route: Route | None = None
 
     @property
     def sent_tokens(self) -> int:
-        return num_tokens(self.send)
+        return sum(m.tokens[1] - m.tokens[0] for m in self.sends)
 
     @property
     def received_tokens(self) -> int:
-        return num_tokens(self.receive)
+        return sum(m.tokens[1] - m.tokens[0] for m in self.receives)
+
+    def __str__(self) -> str:
+        sources, targets = (sorted({m.peer for m in messages}) for messages in (self.receives, self.sends))
+        return f"{self.name} (from cp ranks {sources}, to cp ranks {targets})"
+
+
+@dataclass(frozen=True)
+class Stage:
+    """Keys that come together, and the kernel calls over them.
+
+    Attributes:
+        local: it is the rank's own keys, as they are; nothing travels, on any rank.
+        calls: the first ``num_own_calls`` of them read no key that travels.
+        cast: brings the other ranks' keys into the buffer.
+        own: (local keys, where they stand in the buffer).
+        reduce: brings home the gradients that other ranks computed for what this one sent, back to back in the order of
+            ``cast.sends``.
+    """
+
+    local: bool
+    calls: tuple[KernelCall, ...]
+    num_own_calls: int
+    cast: Exchange
+    own: tuple[tuple[Range, Range], ...]
+    reduce: Exchange
 
 
 @dataclass(frozen=True)
 class Schedule:
-    """All stages of one rank under one mask. ``stages[0]`` is local and moves nothing."""
+    """All stages of one rank under one mask, in order."""
 
     stages: tuple[Stage, ...]
 
     @property
-    def local(self) -> Stage:
-        """The rank's own keys."""
-        return self.stages[0]
+    def sent_tokens(self) -> int:
+        return sum(stage.cast.sent_tokens for stage in self.stages)
 
     @property
-    def remote(self) -> tuple[Stage, ...]:
-        """What other ranks bring, in order."""
-        return self.stages[1:]
+    def received_tokens(self) -> int:
+        return sum(stage.cast.received_tokens for stage in self.stages)
 
 
-def build_schedule(layout: Sequence[RankRanges], documents: Sequence[Range], window_size: Window, rank: int) -> Schedule:
+def build_schedule(
+    layout: Sequence[RankRanges], documents: Sequence[Range], window_size: Window, rank: int, overlap_degree: int
+) -> Schedule:
     """The schedule of ``rank``.
 
     Args:
-        layout: global token ranges per rank; padding lies behind the last document.
-        documents: sorted, disjoint, non-empty global ranges that tile the real tokens.
+        layout: global token ranges per rank.
+        documents: sorted, disjoint, non-empty global ranges; tokens of none are padding.
         window_size: (left, right) tokens that a query sees around itself in its document; -1 is unlimited, right 0 is causal.
+        overlap_degree: how many stages travel behind another one's computation; more than cp_size - 1 are as many.
     """
-    cp_size = len(layout)
-    index = _DocumentIndex(documents)
-    longest = max((hi - lo for lo, hi in documents), default=1)
-    left, right = (-1 if size >= longest - 1 and size > 0 else size for size in window_size)
-    window = left, right
-    stages = [Stage(_local_calls(layout[rank], index, window), rank, (), rank, ())]
-    for step in range(1, cp_size):
-        source, target = (rank - step) % cp_size, (rank + step) % cp_size
-        segments, needed = _remote_segments(layout[rank], layout[source], index, window)
-        _, asked = _remote_segments(layout[target], layout[rank], index, window)
-        stages.append(
-            Stage(
-                calls=_group(segments),
-                send_to=target,
-                send=asked,
-                receive_from=source,
-                receive=pack(needed),
-            )
+    sequence = _Sequence(layout, documents, window_size)
+    return Schedule(tuple(sequence.stage(rank, number, steps) for number, steps in enumerate(_steps(len(layout), overlap_degree))))
+
+
+def mean_remote_keys(layout: Sequence[RankRanges], documents: Sequence[Range], window_size: Window) -> int:
+    """How many keys travel to a rank, on average."""
+    sequence = _Sequence(layout, documents, window_size)
+    return sum(sequence.remote_keys(rank) for rank in range(len(layout))) // len(layout)
+
+
+def add_routes(schedules: Sequence[Schedule], rank: int) -> Schedule:
+    """The schedule of ``rank`` with the routes of its exchanges, from the schedules of all ranks.
+
+    A stage's buffer lies beside that of the stage before, which may still be read, and so do the gradients of two stages.
+    """
+    numbers = [n for n, stage in enumerate(schedules[rank].stages) if not stage.local]
+    slots = min(2, len(numbers))
+    parts: list[int] = []
+    for way in ("cast", "reduce"):
+        parts += [max((getattr(s.stages[n], way).buffer_tokens for s in schedules for n in numbers), default=0)] * slots
+
+    def routed(number: int, way: str) -> Exchange:
+        exchange: Exchange = getattr(schedules[rank].stages[number], way)
+        waiting: dict[int, list[int]] = {}
+        for peer in {message.peer for message in exchange.sends}:
+            theirs = getattr(schedules[peer].stages[number], way).receives
+            waiting[peer] = [m.tokens[0] for m in theirs if m.peer == rank]
+        places = tuple(waiting[message.peer].pop(0) for message in exchange.sends)
+        part = numbers.index(number) % slots + (0 if way == "cast" else slots)
+        return replace(exchange, route=Route(places, tuple(parts), part))
+
+    return Schedule(
+        tuple(
+            replace(stage, cast=routed(n, "cast"), reduce=routed(n, "reduce")) if n in numbers else stage
+            for n, stage in enumerate(schedules[rank].stages)
         )
-    return Schedule(tuple(stages))
+    )
 
 
-class _DocumentIndex:
-    """Finds the document of a token."""
-
-    def __init__(self, documents: Sequence[Range]) -> None:
-        self.documents = list(documents)
-        self._starts = [lo for lo, _ in self.documents]
-
-    def at(self, token: int) -> Range | None:
-        """The document that holds the token, or None for padding."""
-        position = bisect_right(self._starts, token) - 1
-        if position < 0 or token >= self.documents[position][1]:
-            return None
-        return self.documents[position]
-
-    def within(self, tokens: Range) -> list[Range]:
-        """The documents that hold at least one of the tokens."""
-        first = max(0, bisect_right(self._starts, tokens[0]) - 1)
-        last = bisect_right(self._starts, tokens[1] - 1)
-        return [d for d in self.documents[first:last] if d[1] > tokens[0]]
+def _steps(cp_size: int, overlap_degree: int) -> Iterator[range]:
+    """The steps of each stage."""
+    if overlap_degree == 0 or cp_size == 1:
+        yield range(cp_size)
+        return
+    yield range(1)
+    groups = min(overlap_degree, cp_size - 1)
+    for group in range(groups):
+        yield range(1 + (cp_size - 1) * group // groups, 1 + (cp_size - 1) * (group + 1) // groups)
 
 
-def _local_calls(ranges: RankRanges, index: _DocumentIndex, window: Window) -> tuple[KernelCall, ...]:
-    """The calls on a rank's own keys; the first one holds each document's rows over their own keys, so all of the rank's rows.
+@dataclass(frozen=True)
+class _Piece:
+    """Rows (global) of one document in one of a rank's ranges, the local index of the first, and the keys (global) they see."""
 
-    Under a mask that ignores distance a document that spans two of the rank's ranges is one segment, as it is contiguous locally.
-    Under a window, ranges that are not neighbours see each other as two ranks' would.
-    """
-    if window not in (FULL, CAUSAL):
-        ranges = _union(ranges)
-    segments: list[Segment] = []
-    last_document: Range | None = None
-    for base, (lo, hi) in _with_base(ranges):
-        for document in index.within((lo, hi)):
-            first, last = base + max(lo, document[0]) - lo, base + min(hi, document[1]) - lo
-            if document == last_document and window in (FULL, CAUSAL):
-                first = segments.pop().rows[0]
-            segments.append(Segment((first, last), (first, last), window))
-            last_document = document
-    across = _rectangles(ranges, ranges, index, window) if window not in (FULL, CAUSAL) else []
-    return _group(segments) + _group(across)
+    rows: Range
+    start: int
+    keys: Range
 
 
-def _remote_segments(
-    query_ranges: RankRanges, key_ranges: RankRanges, index: _DocumentIndex, window: Window
-) -> tuple[list[Segment], RankRanges]:
-    """(segments, needed): rows local to the query rank × keys as buffer positions, and the needed keys local to the key rank."""
-    found = _rectangles(query_ranges, key_ranges, index, window)
-    needed = _union([s.keys for s in found])
-    starts = [lo for lo, _ in needed]
-    packed = pack(needed)
+class _Sequence:
+    """The whole sequence under one mask, seen from any rank."""
 
-    def to_buffer(keys: Range) -> Range:
-        which = bisect_right(starts, keys[0]) - 1
-        shift = packed[which][0] - needed[which][0]
-        return keys[0] + shift, keys[1] + shift
+    def __init__(self, layout: Sequence[RankRanges], documents: Sequence[Range], window_size: Window) -> None:
+        self._layout = layout
+        self._documents = documents
+        self._starts = [lo for lo, _ in documents]
+        # A window that reaches across every document limits nothing.
+        farthest = max((hi - lo for lo, hi in documents), default=1) - 1
+        left, right = window_size
+        self._window = (-1 if 0 < farthest <= left else left, -1 if 0 < farthest <= right else right)
+        self._of_rank: dict[int, tuple[list[_Piece], RankRanges]] = {}
 
-    segments = [Segment(s.rows, to_buffer(s.keys), s.window_size) for s in found]
-    whole = [s for s in segments if s.window_size == FULL]
-    return _merge_rectangles(whole) + [s for s in segments if s.window_size != FULL], needed
-
-
-def _rectangles(query_ranges: RankRanges, key_ranges: RankRanges, index: _DocumentIndex, window: Window) -> list[Segment]:
-    """Rows × keys, each local to its own rank, of every two different ranges, without rows and keys that see nothing of the other.
-
-    Two disjoint ranges share at most one document, the one that reaches from the end of the first into the start of the second.
-    """
-    left, right = window
-    found: list[Segment] = []
-    for row_base, rows in _with_base(query_ranges):
-        for key_base, keys in _with_base(key_ranges):
-            if rows == keys:
+    def stage(self, rank: int, number: int, steps: range) -> Stage:
+        """Stage ``number``, of the keys that ``steps`` bring to ``rank``."""
+        cp_size = len(self._layout)
+        pieces, seen = self._pieces(rank)
+        sources = [(rank - step) % cp_size for step in steps]
+        arrivals = sorted((tokens, source) for source in sources for tokens in intersection(seen, self._layout[source]))
+        mine = _local(self._layout[rank])
+        own: list[tuple[Range, Range]] = []
+        receives: list[Message] = []
+        if sources == [rank]:  # the rank's own keys, where they are
+            to_buffer, size = _local(self._layout[rank]), sum(hi - lo for lo, hi in self._layout[rank])
+            runs = union(self._layout[rank])
+        else:
+            runs = union([tokens for tokens, _ in arrivals])
+            to_buffer, size = _local([tokens for tokens, _ in arrivals]), sum(hi - lo for (lo, hi), _ in arrivals)
+            for tokens, source in arrivals:
+                if source == rank:
+                    own.append((mine(tokens), to_buffer(tokens)))
+                else:
+                    receives.append(Message(source, to_buffer(tokens)))
+        sends: list[Message] = []
+        homeward: list[Message] = []
+        place = 0
+        for step in steps:
+            target = (rank + step) % cp_size
+            if target == rank:
                 continue
-            earlier, later = (keys, rows) if keys[1] <= rows[0] else (rows, keys)
-            document = index.at(earlier[1] - 1)
-            if document is None or document != index.at(later[0]):
-                continue
-            row_lo, row_hi = max(rows[0], document[0]), min(rows[1], document[1])
-            key_lo, key_hi = max(keys[0], document[0]), min(keys[1], document[1])
-            row_lo, row_hi = _reach((row_lo, row_hi), (key_lo, key_hi), right, left)
-            key_lo, key_hi = _reach((key_lo, key_hi), (row_lo, row_hi), left, right)
-            if row_lo >= row_hi or key_lo >= key_hi:
-                continue
-            # The kernel's limits, and none where they hide no pair.
-            lag = row_hi - key_hi
-            kernel_left = -1 if left < 0 or left - lag >= key_hi - key_lo - 1 else left - lag
-            kernel_right = -1 if right < 0 or right + lag >= row_hi - row_lo - 1 else right + lag
-            found.append(
-                Segment(
-                    (row_base + row_lo - rows[0], row_base + row_hi - rows[0]),
-                    (key_base + key_lo - keys[0], key_base + key_hi - keys[0]),
-                    (kernel_left, kernel_right),
-                )
-            )
-    return found
+            for tokens in intersection(self._pieces(target)[1], self._layout[rank]):
+                sends.append(Message(target, mine(tokens)))
+                homeward.append(Message(target, (place, place + tokens[1] - tokens[0])))
+                place += tokens[1] - tokens[0]
+        segments = _join(list(self._segments(pieces, runs, to_buffer)))
+        direct = 0 in steps
+        calls = _group(segments, [p.start for p in pieces] if direct else None)
+        travelling = sorted(m.tokens for m in receives)
+        calls = sorted(calls, key=lambda c: (not c.first, _overlaps(c.keys, travelling)))
+        return Stage(
+            local=sources == [rank],
+            calls=tuple(calls),
+            num_own_calls=sum(not _overlaps(c.keys, travelling) for c in calls),
+            cast=Exchange(f"group_cast of stage {number}", tuple(sends), tuple(receives), size),
+            own=tuple(own),
+            reduce=Exchange(f"group_reduce of stage {number}", tuple(receives), tuple(homeward), place),
+        )
+
+    def remote_keys(self, rank: int) -> int:
+        """Keys that ``rank`` sees and does not hold."""
+        seen = self._pieces(rank)[1]
+        return num_tokens(seen) - num_tokens(intersection(seen, self._layout[rank]))
+
+    def _pieces(self, rank: int) -> tuple[list[_Piece], RankRanges]:
+        """The rank's pieces in order, and all keys that they see."""
+        if rank in self._of_rank:
+            return self._of_rank[rank]
+        left, right = self._window
+        pieces, base = [], 0
+        for lo, hi in self._layout[rank]:
+            first = max(0, bisect_right(self._starts, lo) - 1)
+            for document in self._documents[first : bisect_left(self._starts, hi)]:
+                rows = max(lo, document[0]), min(hi, document[1])
+                if rows[0] < rows[1]:
+                    pieces.append(_Piece(rows, base + rows[0] - lo, _reach(document, rows, left, right)))
+            base += hi - lo
+        self._of_rank[rank] = pieces, union([piece.keys for piece in pieces])
+        return self._of_rank[rank]
+
+    def _segments(self, pieces: Sequence[_Piece], runs: RankRanges, to_buffer: Callable[[Range], Range]) -> Iterator[Segment]:
+        """Rows × keys of every piece and every run of neighbouring keys that it sees something of."""
+        left, right = self._window
+        for piece in pieces:
+            for run in intersection(runs, (piece.keys,)):
+                diagonal = run[0] <= piece.rows[0] and piece.rows[1] <= run[1]
+                rows = _reach(piece.rows, run, right, left)
+                keys = _reach(run, rows, left, right)
+                if rows[0] >= rows[1] or keys[0] >= keys[1]:
+                    continue
+                # The kernel's limits. Beside the diagonal none where they hide no pair, so that more segments share a call.
+                lag = rows[1] - keys[1]
+                kernel_left = -1 if left < 0 or (not diagonal and left - lag >= keys[1] - keys[0] - 1) else left - lag
+                kernel_right = -1 if right < 0 or (not diagonal and right + lag >= rows[1] - rows[0] - 1) else right + lag
+                start = piece.start + rows[0] - piece.rows[0]
+                yield Segment((start, start + rows[1] - rows[0]), to_buffer(keys), (kernel_left, kernel_right), diagonal)
 
 
 def _reach(tokens: Range, others: Range, before: int, after: int) -> Range:
@@ -248,53 +350,76 @@ def _reach(tokens: Range, others: Range, before: int, after: int) -> Range:
     return lo, hi
 
 
-def _with_base(ranges: RankRanges) -> list[tuple[int, Range]]:
-    """(first local index, global range) of each range."""
-    result, base = [], 0
+def _local(ranges: Sequence[Range]) -> Callable[[Range], Range]:
+    """Maps a part of the ranges, which are sorted, to its place where they stand back to back."""
+    starts, bases, base = [lo for lo, _ in ranges], [], 0
     for lo, hi in ranges:
-        result.append((base, (lo, hi)))
+        bases.append(base)
         base += hi - lo
-    return result
+
+    def place(tokens: Range) -> Range:
+        which = bisect_right(starts, tokens[0]) - 1
+        shift = bases[which] - starts[which]
+        return tokens[0] + shift, tokens[1] + shift
+
+    return place
 
 
-def _union(ranges: Sequence[Range]) -> RankRanges:
-    """Sorted disjoint ranges that cover the same integers; neighbours are joined."""
-    merged: list[Range] = []
-    for lo, hi in sorted(ranges):
-        if merged and lo <= merged[-1][1]:
-            merged[-1] = (merged[-1][0], max(merged[-1][1], hi))
-        else:
-            merged.append((lo, hi))
-    return tuple(merged)
+def _overlaps(tokens: Range, ranges: Sequence[Range]) -> bool:
+    """Whether the tokens and the sorted, disjoint ranges share any."""
+    which = bisect_left(ranges, (tokens[1],)) - 1
+    return which >= 0 and ranges[which][1] > tokens[0]
 
 
-def _merge_rectangles(segments: Sequence[Segment]) -> list[Segment]:
-    """Fewer, larger full rectangles with the same pairs: joined along the keys, then along the rows, where they touch."""
+def _join(segments: Sequence[Segment]) -> list[Segment]:
+    """Fewer, larger segments with the same pairs, joined where they touch: along the keys, then along the rows."""
     along_keys: list[Segment] = []
     for s in sorted(segments, key=lambda s: (s.rows, s.keys)):
-        if along_keys and along_keys[-1].rows == s.rows and along_keys[-1].keys[1] == s.keys[0]:
-            s = Segment(s.rows, (along_keys.pop().keys[0], s.keys[1]), s.window_size)
-        along_keys.append(s)
+        last = along_keys[-1] if along_keys else s
+        if last.rows == s.rows and last.keys[1] == s.keys[0] and last.window_size == FULL and s.window_size[0] == -1:
+            along_keys[-1] = Segment(s.rows, (last.keys[0], s.keys[1]), s.window_size, last.diagonal or s.diagonal)
+        else:
+            along_keys.append(s)
     along_rows: list[Segment] = []
-    for s in sorted(along_keys, key=lambda s: (s.keys, s.rows)):
-        if along_rows and along_rows[-1].keys == s.keys and along_rows[-1].rows[1] == s.rows[0]:
-            s = Segment((along_rows.pop().rows[0], s.rows[1]), s.keys, s.window_size)
-        along_rows.append(s)
+    for s in sorted(along_keys, key=lambda s: (s.keys[0], s.rows)):
+        last = along_rows[-1] if along_rows else s
+        if last.rows[1] == s.rows[0] and last.keys[0] == s.keys[0] and last.window_size == s.window_size and (
+            (s.window_size == FULL and last.keys == s.keys)
+            or (s.window_size == CAUSAL and s.keys[1] - last.keys[1] == s.rows[1] - s.rows[0])
+        ):  # fmt: skip
+            along_rows[-1] = Segment((last.rows[0], s.rows[1]), s.keys, s.window_size, last.diagonal or s.diagonal)
+        else:
+            along_rows.append(s)
     return along_rows
 
 
-def _group(segments: Sequence[Segment]) -> tuple[KernelCall, ...]:
-    """Kernel calls whose segments have one window and ascend in rows and in keys: the first that a segment fits behind takes it."""
+def _group(segments: Sequence[Segment], starts: Sequence[int] | None) -> list[KernelCall]:
+    """Kernel calls whose segments have one window and ascend in rows and in keys: the first that a segment fits behind takes it.
+
+    Between two of its segments lie no more rows than they hold themselves, as those are computed for nothing. With ``starts``,
+    the sorted first rows of all pieces, they are padding: what a call writes is then nobody else's.
+    """
+
+    def fits(group: list[Segment], s: Segment) -> bool:
+        last = group[-1]
+        if (last.window_size, last.diagonal) != (s.window_size, s.diagonal):
+            return False
+        gap = s.rows[0] - last.rows[1]
+        if gap < 0 or s.keys[0] < last.keys[1]:
+            return False
+        if starts is not None:
+            return bisect_left(starts, last.rows[1]) == bisect_left(starts, s.rows[0])
+        return gap <= last.rows[1] - last.rows[0] + s.rows[1] - s.rows[0]
+
     groups: list[list[Segment]] = []
     for s in sorted(segments, key=lambda s: (s.rows, s.keys)):
         for group in groups:
-            last = group[-1]
-            if last.window_size == s.window_size and last.rows[1] <= s.rows[0] and last.keys[1] <= s.keys[0]:
+            if fits(group, s):
                 group.append(s)
                 break
         else:
             groups.append([s])
-    return tuple(_call(group) for group in groups)
+    return [_call(group) for group in groups]
 
 
 def _call(segments: Sequence[Segment]) -> KernelCall:
@@ -315,4 +440,5 @@ def _call(segments: Sequence[Segment]) -> KernelCall:
         cu_seqlens_q=tuple(x - first.rows[0] for x in cu_q),
         cu_seqlens_k=tuple(x - first.keys[0] for x in cu_k),
         window_size=first.window_size,
+        first=first.diagonal,
     )

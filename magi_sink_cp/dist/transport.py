@@ -1,76 +1,115 @@
-"""Moving keys to the ranks that need them and their gradients home, asynchronously, over torch.distributed (NCCL or gloo).
+"""Moving keys to the ranks that need them and their gradients home, asynchronously.
 
-Both directions are grouped point-to-point messages, one per (tensor, contiguous range), so that nothing is packed or copied on the
-way out. NCCL runs them on its own stream after the work that is already enqueued; whatever is enqueued next overlaps with them.
+A transport carries out one :class:`~magi_sink_cp.dist.schedule.Exchange` after the other: every rank of the group starts the same
+ones in the same order, as with any collective. :class:`PointToPoint` does it over torch.distributed (NCCL or gloo);
+``symmetric.py`` writes to the peers' memory itself.
 """
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
-from magi_sink_cp.dist.layout import RankRanges, pack
-from magi_sink_cp.dist.schedule import Stage
+from magi_sink_cp.dist.agreement import GroupRef
+from magi_sink_cp.dist.schedule import Exchange, Message
+from magi_sink_cp.dist.watchdog import watch
 
 
-class Transfer:
-    """Messages in flight and the buffers that they fill.
+class Transfer(ABC):
+    """Messages in flight and the buffers that they fill, one for each tensor sent: (buffer tokens, …).
 
-    The buffers and the sent tensors must be left alone until :meth:`wait` has returned.
+    What no message fills is the caller's to fill, at once. The sent tensors must be left alone until :meth:`wait` has returned.
     """
 
-    def __init__(self, messages: list[dist.P2POp], received: list[Tensor], what: str) -> None:
-        self._received: list[Tensor] | None = received
-        self._what = what
-        self._sent = messages  # keeps the sent tensors alive
-        self._works = dist.batch_isend_irecv(messages) if messages else []
+    def __init__(self, exchange: Exchange, buffers: list[Tensor]) -> None:
+        self.buffers = buffers
+        self._exchange = exchange
+        self._waited = False
 
-    def wait(self) -> list[Tensor]:
-        """Make the current stream (NCCL) or this thread (gloo) wait for the messages; returns the filled buffers.
+    def wait(self) -> None:
+        """Make the current stream (on GPUs) or this thread (on CPUs) wait for the messages, sent and received.
 
         Raises:
-            RuntimeError: called twice, or the messages failed; the text names the transfer.
+            RuntimeError: called twice, or the messages failed; the text names operation, stage and ranks.
         """
-        if self._received is None:
-            raise RuntimeError(f"{self._what}: wait() was called twice")
+        if self._waited:
+            raise RuntimeError(f"{self._exchange}: wait() was called twice")
+        self._waited = True
+        self._wait()
+
+    @abstractmethod
+    def _wait(self) -> None: ...
+
+    @abstractmethod
+    def release(self) -> None:
+        """Everything that reads the buffers has been enqueued on the current stream; they must not be read after that."""
+
+
+class Transport(ABC):
+    """How the ranks of one group reach each other."""
+
+    name: str
+    # Whether start() needs the exchange's route.
+    needs_route = False
+
+    @abstractmethod
+    def start(self, tensors: Sequence[Tensor], exchange: Exchange) -> Transfer:
+        """Send each tensor's ``exchange.sends`` and receive into the transfer's buffers. tensors are (tokens, …), dense."""
+
+
+class PointToPoint(Transport):
+    """Grouped send and receive of torch.distributed, one message for each contiguous range and tensor: nothing is packed.
+
+    NCCL runs them on its own stream after the work that is already enqueued; whatever is enqueued next overlaps with them.
+    """
+
+    def __init__(self, group: ProcessGroup, name: str) -> None:
+        self.name = name
+        self._group = GroupRef(group)
+
+    def start(self, tensors: Sequence[Tensor], exchange: Exchange) -> Transfer:
+        buffers = [x.new_empty(exchange.buffer_tokens, *x.shape[1:]) for x in tensors]
+        group = self._group()
+        operations = _operations(dist.irecv, buffers, exchange.receives, group)
+        operations += _operations(dist.isend, tensors, exchange.sends, group)
+        return _PointToPointTransfer(exchange, buffers, operations, group)
+
+
+class _PointToPointTransfer(Transfer):
+    def __init__(self, exchange: Exchange, buffers: list[Tensor], operations: list[dist.P2POp], group: ProcessGroup) -> None:
+        super().__init__(exchange, buffers)
+        self._operations = operations  # keeps the sent tensors alive
+        self._group = group
+        try:
+            self._works = dist.batch_isend_irecv(operations) if operations else []
+        except RuntimeError as error:
+            raise RuntimeError(f"{exchange} failed: {error}") from error
+
+    def _wait(self) -> None:
         try:
             for work in self._works:
                 work.wait()
         except RuntimeError as error:
-            raise RuntimeError(f"{self._what} failed: {error}") from error
-        received, self._received, self._sent, self._works = self._received, None, [], []
-        return received
+            raise RuntimeError(f"{self._exchange} failed: {error}") from error
+        if self._works and self._operations[0].tensor.is_cuda:
+            watch(self._exchange, self._group)
+        self._operations, self._works = [], []
+
+    def release(self) -> None:
+        self.buffers = []
 
 
-def group_cast(tensors: Sequence[Tensor], stage: Stage, group: ProcessGroup) -> Transfer:
-    """Send each tensor's ``stage.send`` ranges to ``stage.send_to`` and receive into new buffers from ``stage.receive_from``.
-
-    tensors are (local tokens, …), dense; the buffers are (received tokens, …).
-    """
-    buffers = [x.new_empty(stage.received_tokens, *x.shape[1:]) for x in tensors]
-    messages = _messages(dist.isend, tensors, stage.send, stage.send_to, group)
-    messages += _messages(dist.irecv, buffers, stage.receive, stage.receive_from, group)
-    return Transfer(messages, buffers, f"group_cast from cp rank {stage.receive_from} to {stage.send_to}")
-
-
-def group_reduce(partials: Sequence[Tensor], stage: Stage, group: ProcessGroup) -> Transfer:
-    """The way back of :func:`group_cast`: partials (received tokens, …) go to their owner, ``stage.receive_from``.
-
-    The buffers are (sent tokens, …): what ``stage.send_to`` computed for this rank's ``stage.send`` ranges, back to back; adding
-    them up is the owner's.
-    """
-    buffers = [x.new_empty(stage.sent_tokens, *x.shape[1:]) for x in partials]
-    messages = _messages(dist.isend, partials, stage.receive, stage.receive_from, group)
-    messages += _messages(dist.irecv, buffers, pack(stage.send), stage.send_to, group)
-    return Transfer(messages, buffers, f"group_reduce from cp rank {stage.send_to} to {stage.receive_from}")
-
-
-def _messages(
-    operation: Callable[..., object], tensors: Sequence[Tensor], ranges: RankRanges, peer: int, group: ProcessGroup
-) -> list[dist.P2POp]:
-    pieces = [x[lo:hi] for lo, hi in ranges for x in tensors]
-    global_peer = dist.get_global_rank(group, peer)
-    return [dist.P2POp(operation, piece, global_peer, group, tag) for tag, piece in enumerate(pieces)]
+def _operations(operation: Callable[..., Any], tensors: Sequence[Tensor], messages: Sequence[Message], group: ProcessGroup) -> list[dist.P2POp]:
+    numbers: dict[int, int] = {}
+    operations = []
+    for message in messages:
+        lo, hi = message.tokens
+        for x in tensors:
+            tag = numbers[message.peer] = numbers.get(message.peer, -1) + 1
+            operations.append(dist.P2POp(operation, x[lo:hi], dist.get_global_rank(group, message.peer), group, tag))
+    return operations

@@ -19,9 +19,12 @@ from tests.dist.ranks import run_on_ranks, under_torchrun
 from tests.helpers import Case, assert_close, errors, make_case, run, truth
 
 
-def cp_results(case: Case, group, device: torch.device, **arguments) -> dict[str, torch.Tensor]:
+def cp_results(
+    case: Case, group, device: torch.device, layout: str = "zigzag", transport: str = "auto", **arguments
+) -> dict[str, torch.Tensor]:
     """Results of the sharded call, put together again: dsink summed over ranks for a shared sink, padding rows checked and cut."""
-    plan = make_cp_plan(case.q.shape[0], group=group, cu_seqlens=torch.tensor(case.cu_seqlens_q, dtype=torch.int32))
+    cu_seqlens = torch.tensor(case.cu_seqlens_q, dtype=torch.int32)
+    plan = make_cp_plan(case.q.shape[0], group=group, cu_seqlens=cu_seqlens, layout=layout, transport=transport)
     sharded = Case(
         *(plan.shard(x) for x in (case.q, case.k, case.v)),
         sink=plan.shard(case.sink) if case.sink_layout == "ssh" else case.sink,
@@ -70,12 +73,13 @@ LENGTHS = {
 @pytest.mark.parametrize("num_ranks", [1, 2, 3, 4])
 @pytest.mark.parametrize("causal", [True, False])
 @pytest.mark.parametrize("sink_layout", ["sh", "ssh", None])
+@pytest.mark.parametrize("overlap_degree", [0, 1, "auto"])
 @pytest.mark.parametrize("lengths", LENGTHS.values(), ids=LENGTHS.keys())
-def test_matches_reference(num_ranks, causal, sink_layout, lengths):
+def test_matches_reference(num_ranks, causal, sink_layout, overlap_degree, lengths):
     run_on_ranks(
         num_ranks,
         body_matches_reference,
-        arguments={},
+        arguments={"overlap_degree": overlap_degree},
         lengths=lengths,
         causal=causal,
         sink_layout=sink_layout,
@@ -113,8 +117,14 @@ def test_options(num_ranks, options, sink_layout):
     {"causal": False, "window_size": (0, 9), "with_dlse": True},
 ])  # fmt: skip
 @pytest.mark.parametrize("sink_layout", ["sh", "ssh"])
-def test_windows(num_ranks, options, sink_layout):
-    arguments = {"arguments": {}, "lengths": [31, 2, 0, 14], "s_sink": 2, "sink_layout": sink_layout}
+@pytest.mark.parametrize("overlap_degree", [0, "auto"])
+def test_windows(num_ranks, options, sink_layout, overlap_degree):
+    arguments = {
+        "arguments": {"overlap_degree": overlap_degree},
+        "lengths": [31, 2, 0, 14],
+        "s_sink": 2,
+        "sink_layout": sink_layout,
+    }
     run_on_ranks(num_ranks, body_matches_reference, **arguments, **options)
 
 
@@ -175,13 +185,18 @@ def body_extreme_sinks(group, device, *, sink_layout, value) -> None:
     sink_layout=st.sampled_from(["sh", "ssh"]),
     sink_scale=st.sampled_from([1.0, 30.0]),
     with_dlse=st.booleans(),
+    layout=st.sampled_from(["zigzag", "balanced"]),
+    overlap_degree=st.sampled_from([0, 1, 2, 3, "auto"]),
     seed=st.integers(0, 10**6),
 )
-def test_random_cases(num_ranks, groups, heads_kv, **case):
+def test_random_cases(num_ranks, groups, heads_kv, layout, overlap_degree, **case):
     # derandomize: under torchrun every rank draws for itself, and all must draw the same.
     if under_torchrun() and num_ranks > int(os.environ["WORLD_SIZE"]):
         return
-    run_on_ranks(num_ranks, body_matches_reference, arguments={}, heads=heads_kv * groups, heads_kv=heads_kv, head_dim=8, **case)
+    arguments = {"layout": layout, "overlap_degree": overlap_degree}
+    run_on_ranks(
+        num_ranks, body_matches_reference, arguments=arguments, heads=heads_kv * groups, heads_kv=heads_kv, head_dim=8, **case
+    )
 
 
 @pytest.mark.parametrize("num_ranks", [2, 3])
@@ -255,10 +270,10 @@ def test_gradients_are_summed_in_fp32(count):
     generator = torch.Generator().manual_seed(0)
     parts = [torch.randn(40, 2, 16, generator=generator).bfloat16() for _ in range(count)]
     total = cp_module._GradientSum(parts[0], count)
-    total.add(((0, 40),), parts[0].clone())
+    total.add(parts[0].clone(), (((0, 40), (0, 40)),))
     expected = parts[0].float()
     for part in parts[1:]:
-        total.add(((5, 15), (20, 40)), part[:30])
+        total.add(part, (((5, 15), (0, 10)), ((20, 40), (10, 30))))
         expected[5:15] += part[:10].float()
         expected[20:40] += part[10:30].float()
     assert torch.equal(total.result(), expected.bfloat16())
@@ -280,10 +295,10 @@ def body_folding(group, device) -> None:
 
     with mock.patch.object(cp_module, "MAX_PARTIALS", 2), mock.patch.object(cp_module, "merge", recording):
         low = make_case([64], [64], dtype=torch.bfloat16, causal=False)
-        cp_results(low, group, device)
+        cp_results(low, group, device, overlap_degree=7)
         assert folded[:-1] == [torch.float32] * (dist.get_world_size(group) - 2), "partials are folded in fp32"
-        body_matches_reference(group, device, arguments={}, lengths=[50, 3, 20], causal=True)
-        body_matches_reference(group, device, arguments={}, lengths=[50, 3, 20], causal=False)
+        for causal in (True, False):
+            body_matches_reference(group, device, arguments={"overlap_degree": 7}, lengths=[50, 3, 20], causal=causal)
 
 
 @pytest.mark.parametrize("num_ranks", [1, 2])

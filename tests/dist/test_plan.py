@@ -108,7 +108,7 @@ def body_plan_error(group, device, *, wrong_rank) -> None:
 
 
 CALLS = {
-    "head counts": (lambda rank: {"heads": 4 if rank else 2}, "heads, heads_kv, head_dim"),
+    "head counts": (lambda rank: {"heads": 4 if rank else 2}, "batch, heads, heads_kv, head_dim"),
     "dtype": (lambda rank: {"dtype": torch.float32 if rank else torch.float64}, "dtype"),
     "sinks": (lambda rank: {"s_sink": 1 + rank}, r"sink \(s_sink, dtype\)"),
     "causal": (lambda rank: {"causal": bool(rank)}, "mask and scores"),

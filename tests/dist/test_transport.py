@@ -26,7 +26,7 @@ class Recorder:
         self.order: list[str] = []
         self._batch, self._all_reduce = dist.batch_isend_irecv, dist.all_reduce
         self._forward, self._backward = cp_module._forward_kernel, cp_module._backward_kernel
-        self._cast, self._reduce, self._wait = cp_module.group_cast, cp_module.group_reduce, transport.Transfer.wait
+        self._start, self._wait = transport.PointToPoint.start, transport.Transfer.wait
 
     def batch(self, messages):
         for message in messages:
@@ -44,14 +44,20 @@ class Recorder:
 
         return wrapped
 
+    def start_noting(self):
+        def wrapped(this, tensors, exchange):
+            self.order.append("cast" if exchange.name.startswith("group_cast") else "reduce")
+            return self._start(this, tensors, exchange)
+
+        return wrapped
+
     def __enter__(self):
         self._patches = [
             mock.patch.object(dist, "batch_isend_irecv", self.batch),
             mock.patch.object(dist, "all_reduce", self.all_reduce),
             mock.patch.object(cp_module, "_forward_kernel", self.noting("kernel", self._forward)),
             mock.patch.object(cp_module, "_backward_kernel", self.noting("kernel", self._backward)),
-            mock.patch.object(cp_module, "group_cast", self.noting("cast", self._cast)),
-            mock.patch.object(cp_module, "group_reduce", self.noting("reduce", self._reduce)),
+            mock.patch.object(transport.PointToPoint, "start", self.start_noting()),
             mock.patch.object(transport.Transfer, "wait", self.noting("wait", self._wait)),
         ]
         for patch in self._patches:
@@ -73,19 +79,21 @@ def inputs(plan, dtype=torch.float32):
 @pytest.mark.parametrize("causal", [True, False])
 @pytest.mark.parametrize("cu_seqlens", [[0, 48], [0, 5, 5, 31, 48], list(range(0, 49, 3))])
 @pytest.mark.parametrize("dsink_reduce", ["none", "sum"])
-def test_messages_and_bytes_are_the_plans(num_ranks, causal, cu_seqlens, dsink_reduce):
-    run_on_ranks(num_ranks, body_counts, causal=causal, cu_seqlens=cu_seqlens, dsink_reduce=dsink_reduce)
+@pytest.mark.parametrize("overlap_degree", [0, 2])
+def test_messages_and_bytes_are_the_plans(num_ranks, causal, cu_seqlens, dsink_reduce, overlap_degree):
+    arguments = {"causal": causal, "cu_seqlens": cu_seqlens, "dsink_reduce": dsink_reduce, "overlap_degree": overlap_degree}
+    run_on_ranks(num_ranks, body_counts, **arguments)
 
 
-def body_counts(group, device, *, causal, cu_seqlens, dsink_reduce) -> None:
+def body_counts(group, device, *, causal, cu_seqlens, dsink_reduce, overlap_degree) -> None:
     plan = make_cp_plan(48, group=group, cu_seqlens=cu_seqlens)
     leaves = inputs(plan, torch.bfloat16)
-    arguments = {"plan": plan, "causal": causal, "dsink_reduce": dsink_reduce}
+    arguments = {"plan": plan, "causal": causal, "dsink_reduce": dsink_reduce, "overlap_degree": overlap_degree}
     cp_attention_with_sink(*leaves, **arguments)  # the signature is compared here
-    remote = plan.schedule((-1, 0 if causal else -1)).remote
+    schedule = plan.schedule((-1, 0 if causal else -1), overlap_degree)
     token_bytes = 2 * HEADS_KV * HEAD_DIM * 2  # k and v, bf16
-    sent, received = (sum(getattr(s, f"{way}_tokens") for s in remote) * token_bytes for way in ("sent", "received"))
-    messages_out, messages_in = (sum(2 * len(getattr(s, way)) for s in remote) for way in ("send", "receive"))
+    sent, received = schedule.sent_tokens * token_bytes, schedule.received_tokens * token_bytes
+    messages_out, messages_in = (sum(2 * len(getattr(s.cast, way)) for s in schedule.stages) for way in ("sends", "receives"))
     with Recorder() as forward:
         out = cp_attention_with_sink(*leaves, **arguments)
     assert (len(forward.sends), sum(forward.sends)) == (messages_out, sent)
@@ -107,9 +115,10 @@ def test_zigzag_sends_half_of_what_a_ring_would():
 
 def body_half(group, device) -> None:
     plan = make_cp_plan(64, group=group)
-    (remote,) = plan.schedule((-1, 0)).remote
-    assert remote.sent_tokens == (16 if plan.rank == 0 else 32)
-    assert remote.received_tokens == (32 if plan.rank == 0 else 16)
+    for overlap_degree in (0, 1):
+        schedule = plan.schedule((-1, 0), overlap_degree)
+        assert schedule.sent_tokens == (16 if plan.rank == 0 else 32)
+        assert schedule.received_tokens == (32 if plan.rank == 0 else 16)
 
 
 def test_short_documents_do_not_travel():
@@ -133,18 +142,35 @@ def test_the_next_stage_travels_while_this_one_computes(num_ranks):
 def body_order(group, device) -> None:
     plan = make_cp_plan(64, group=group)
     leaves = inputs(plan)
-    cp_attention_with_sink(*leaves, plan=plan)
     stages = plan.cp_size - 1
+    arguments = {"plan": plan, "overlap_degree": stages}
+    cp_attention_with_sink(*leaves, **arguments)
     with Recorder() as forward:
-        out = cp_attention_with_sink(*leaves, plan=plan)
+        out = cp_attention_with_sink(*leaves, **arguments)
     assert forward.order == ["cast", "kernel", *(["wait", "cast", "kernel"] * (stages - 1)), "wait", "kernel"]
     with Recorder() as backward:
         out.backward(torch.randn_like(out))
     # Each stage's gradients leave when they are computed and are waited for behind the next stage's kernel.
     middle: list[str] = []
     for stage in range(1, stages + 1):
-        middle += ["wait", *(["cast"] if stage < stages else []), "kernel", *(["wait"] if stage > 1 else []), "reduce"]
+        middle += ["wait", *(["cast"] if stage < stages else []), "kernel", "reduce", *(["wait"] if stage > 1 else [])]
     assert backward.order == ["cast", "kernel", *middle, "wait"]
+
+
+def test_what_needs_no_other_rank_is_computed_before_the_wait():
+    run_on_ranks(2, body_one_stage)
+
+
+def body_one_stage(group, device) -> None:
+    plan = make_cp_plan(64, group=group)
+    leaves = inputs(plan)
+    with Recorder() as forward:
+        out = cp_attention_with_sink(*leaves, plan=plan, overlap_degree=0)
+    # Rank 0's first chunk sees itself alone; every row of rank 1 may see rank 0's first chunk.
+    assert forward.order == (["cast", "kernel", "wait", "kernel"] if plan.rank == 0 else ["cast", "wait", "kernel"])
+    with Recorder() as backward:
+        out.backward(torch.randn_like(out))
+    assert backward.order == [*forward.order, "reduce", "wait"]
 
 
 def test_misuse():
@@ -154,9 +180,9 @@ def test_misuse():
 def body_misuse(group, device) -> None:
     plan = make_cp_plan(16, group=group)
     k = torch.randn(plan.local_tokens, HEADS_KV, HEAD_DIM)
-    (remote,) = plan.schedule((-1, 0)).remote
-    transfer = transport.group_cast((k, k), remote, group)
-    received = transfer.wait()
-    assert [x.shape[0] for x in received] == [remote.received_tokens] * 2
-    with pytest.raises(RuntimeError, match=r"group_cast from cp rank \d to \d: wait\(\) was called twice"):
+    exchange = plan.schedule((-1, 0), 1).stages[1].cast
+    transfer = plan.transport.start((k, k), exchange)
+    transfer.wait()
+    assert [x.shape[0] for x in transfer.buffers] == [exchange.received_tokens] * 2
+    with pytest.raises(RuntimeError, match=r"group_cast of stage 1 \(from cp ranks \[\d\], .*wait\(\) was called twice"):
         transfer.wait()

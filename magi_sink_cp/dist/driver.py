@@ -1,0 +1,75 @@
+"""The four stream operations of the CUDA driver that PyTorch does not offer, through ctypes: none of them uses an SM.
+
+Flags are 32-bit words; waiting is for ``(int32)(flag - value) >= 0``, so that counters may wrap around.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+
+import torch
+
+from magi_sink_cp.kernels.flash import NotUsableError
+
+_WAIT_UNTIL_GEQ = 0
+_DEFAULT = 0  # of a write: everything before it in the stream is visible to whoever sees it, on any device
+
+
+def copy(target: int, source: int, num_bytes: int, stream: int) -> None:
+    """Copy between addresses of this device or of a peer, by a copy engine."""
+    driver = _driver()
+    _check(
+        driver.cuMemcpyDtoDAsync_v2(ctypes.c_uint64(target), ctypes.c_uint64(source), ctypes.c_size_t(num_bytes), _handle(stream)),
+        "cuMemcpyDtoDAsync",
+    )
+
+
+def write_flag(address: int, value: int, stream: int) -> None:
+    """Set a flag of this device, of a peer, or in pinned host memory, after everything before it in the stream."""
+    driver = _driver()
+    _check(
+        driver.cuStreamWriteValue32_v2(_handle(stream), ctypes.c_uint64(address), ctypes.c_uint32(value & 0xFFFFFFFF), _DEFAULT),
+        "cuStreamWriteValue32",
+    )
+
+
+def wait_flag(address: int, value: int, stream: int) -> None:
+    """Hold the stream until a flag of this device has reached ``value``."""
+    driver = _driver()
+    _check(
+        driver.cuStreamWaitValue32_v2(
+            _handle(stream), ctypes.c_uint64(address), ctypes.c_uint32(value & 0xFFFFFFFF), _WAIT_UNTIL_GEQ
+        ),
+        "cuStreamWaitValue32",
+    )
+
+
+def check_available() -> None:
+    """Raise NotUsableError if this process has no NVIDIA driver with these operations."""
+    _driver()
+
+
+@functools.cache
+def _driver() -> ctypes.CDLL:
+    if torch.version.hip is not None or not torch.cuda.is_available():
+        raise NotUsableError("torch sees no CUDA GPU")
+    try:
+        driver = ctypes.CDLL("libcuda.so.1")
+    except OSError as error:
+        raise NotUsableError(f"the CUDA driver library does not load: {error}") from error
+    for name in ("cuMemcpyDtoDAsync_v2", "cuStreamWriteValue32_v2", "cuStreamWaitValue32_v2"):
+        if not hasattr(driver, name):
+            raise NotUsableError(f"the CUDA driver has no {name} (CUDA 11.7 and later have)")
+    return driver
+
+
+def _handle(stream: int) -> ctypes.c_void_p:
+    return ctypes.c_void_p(stream)
+
+
+def _check(result: int, what: str) -> None:
+    if result:
+        name = ctypes.c_char_p()
+        _driver().cuGetErrorName(result, ctypes.byref(name))
+        raise RuntimeError(f"{what} failed: {(name.value or b'unknown error').decode()} ({result})")

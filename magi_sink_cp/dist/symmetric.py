@@ -1,0 +1,319 @@
+"""The ``symm_mem`` transport: copies into the peers' memory over NVLink by copy engines, which leave the SMs to the attention.
+
+PyTorch's symmetric memory gives every rank of a host the addresses of the others' *arena*, a buffer of one size on all of them. An
+exchange n (every rank counts alike) uses a part of it, and two flags for each pair of ranks:
+
+    receiver:  when nothing reads that part any more: ready[receiver → sender] = n
+    sender:    when its tensors are there and ready ≥ n: copy, then arrived[sender → receiver] = n
+    receiver:  wait() holds the calling stream until arrived ≥ n; release() notes when the part is free again
+
+Flags are written and awaited by the streams themselves (driver.py), so the host never waits, and nothing is exchanged between hosts
+but when the arena grows. All copies go through one stream, in the order of the calls, so exchange n depends on exchanges before n
+alone, whatever streams the calls come from: no cycle, no deadlock. No multicast is used.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import os
+import socket
+import threading
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+import torch
+import torch.distributed as dist
+import torch.distributed._symmetric_memory as symm_mem
+from torch import Tensor
+from torch.distributed import ProcessGroup
+
+from magi_sink_cp.dist import driver
+from magi_sink_cp.dist.agreement import GroupRef, collect
+from magi_sink_cp.dist.schedule import Exchange
+from magi_sink_cp.dist.transport import Transfer, Transport
+from magi_sink_cp.dist.watchdog import watch
+from magi_sink_cp.kernels.flash import NotUsableError
+
+_READY, _ARRIVED = 0, 1
+# A cache line for each flag, so that two peers' writes do not meet; and what CUDA kernels like addresses to be multiples of.
+_FLAG_BYTES = 128
+_ALIGNMENT = 256
+_GRANULE = 2 << 20
+
+
+class Arena(Protocol):
+    """Memory of one size on every rank of a group: this rank's as bytes, and everybody's addresses."""
+
+    @property
+    def buffer(self) -> Tensor: ...
+    @property
+    def addresses(self) -> Sequence[int]: ...
+
+
+class Streams(Protocol):
+    """The stream-ordered operations that the protocol is made of; stands in for CUDA in tests without a GPU."""
+
+    def allocate(self, num_bytes: int) -> Arena: ...
+    def calling(self) -> int: ...
+    def copying(self) -> int: ...
+    def record(self, stream: int) -> object: ...
+    def wait(self, stream: int, event: object) -> None: ...
+    def copy(self, target: int, source: int, num_bytes: int, stream: int) -> None: ...
+    def write_flag(self, address: int, value: int, stream: int) -> None: ...
+    def wait_flag(self, address: int, value: int, stream: int) -> None: ...
+    def watch(self, exchange: Exchange) -> None: ...
+    def idle(self) -> None: ...
+
+
+@dataclass
+class _Part:
+    """Bytes [begin, end) of the arena, free after an event of the device; None while its transfer has not been released."""
+
+    begin: int
+    end: int
+    free: object | None
+
+
+class SymmetricMemory(Transport):
+    """The protocol above for one group. Its arena is shared by all plans, layers and steps, and grows with the largest need."""
+
+    name = "symm_mem"
+    needs_route = True
+
+    def __init__(self, rank: int, cp_size: int, streams: Streams) -> None:
+        self._rank = rank
+        self._streams = streams
+        self._lock = threading.Lock()
+        self._flag_bytes = _aligned(2 * cp_size * _FLAG_BYTES)
+        self._arena = streams.allocate(self._flag_bytes)
+        self._count = 0
+        self._parts: list[_Part] = []
+        self._views: dict[tuple[object, ...], Tensor] = {}
+
+    def start(self, tensors: Sequence[Tensor], exchange: Exchange) -> Transfer:
+        route, streams = exchange.route, self._streams
+        assert route is not None, "the plan adds routes for transports that need them"
+        token_bytes = [x.element_size() * math.prod(x.shape[1:]) for x in tensors]
+        part_bytes = [sum(_aligned(tokens * each) for each in token_bytes) for tokens in route.parts]
+        with self._lock:
+            self._grow(self._flag_bytes + sum(part_bytes))
+            self._count += 1
+            number, calling, copying = self._count, streams.calling(), streams.copying()
+            begin = self._flag_bytes + sum(part_bytes[: route.part])
+            part = self._take(begin, begin + part_bytes[route.part], exchange)
+            offsets = [begin + sum(_aligned(route.parts[route.part] * b) for b in token_bytes[:i]) for i in range(len(tensors))]
+            buffers = [self._view(offset, exchange.buffer_tokens, x) for offset, x in zip(offsets, tensors, strict=True)]
+            sources = {message.peer for message in exchange.receives}
+            for peer in sources:
+                streams.write_flag(self._flag(peer, _READY, self._rank), number, copying)
+            sent = None
+            if exchange.sends:
+                streams.wait(copying, streams.record(calling))
+                awaited: set[int] = set()
+                for message, place in zip(exchange.sends, route.places, strict=True):
+                    if message.peer not in awaited:
+                        awaited.add(message.peer)
+                        streams.wait_flag(self._flag(self._rank, _READY, message.peer), number, copying)
+                    lo, hi = message.tokens
+                    for x, offset, each in zip(tensors, offsets, token_bytes, strict=True):
+                        target = self._arena.addresses[message.peer] + offset + place * each
+                        streams.copy(target, x.data_ptr() + lo * each, (hi - lo) * each, copying)
+                for peer in awaited:
+                    streams.write_flag(self._flag(peer, _ARRIVED, self._rank), number, copying)
+                sent = streams.record(copying)
+            arrivals = [self._flag(self._rank, _ARRIVED, peer) for peer in sources]
+        return _SymmetricTransfer(exchange, buffers, list(tensors), streams, number, sent, arrivals, part)
+
+    def _grow(self, num_bytes: int) -> None:
+        """Make room, on every rank at once: all of them see the same sizes in the same order."""
+        if num_bytes <= self._arena.buffer.numel():
+            return
+        if any(part.free is None for part in self._parts):
+            raise RuntimeError("a transfer that needs more symmetric memory was started while another one is in flight")
+        self._parts, self._views = [], {}
+        self._streams.idle()  # nobody reads or writes the arena
+        del self._arena
+        self._arena, self._count = self._streams.allocate(num_bytes), 0
+
+    def _take(self, begin: int, end: int, exchange: Exchange) -> _Part:
+        """The bytes as a part of this exchange, on both streams after what has used them before."""
+        rest = []
+        for part in self._parts:
+            if part.end <= begin or end <= part.begin:
+                rest.append(part)
+                continue
+            if part.free is None:
+                raise RuntimeError(f"{exchange}: its buffer is in use by a transfer that has not been released")
+            for stream in (self._streams.copying(), self._streams.calling()):
+                self._streams.wait(stream, part.free)
+            rest += [_Part(lo, hi, part.free) for lo, hi in ((part.begin, begin), (end, part.end)) if lo < hi]
+        taken = _Part(begin, end, None)
+        self._parts = [*rest, taken]
+        return taken
+
+    def _view(self, offset: int, tokens: int, like: Tensor) -> Tensor:
+        """The arena from ``offset`` on as (tokens, …), of the kind of ``like``."""
+        shape = (tokens, *like.shape[1:])
+        key = (offset, shape, like.dtype)
+        if key not in self._views:
+            size = math.prod(shape) * like.element_size()
+            self._views[key] = self._arena.buffer[offset : offset + size].view(like.dtype).view(shape)
+        return self._views[key]
+
+    def _flag(self, holder: int, kind: int, peer: int) -> int:
+        """Address of the flag that ``peer`` writes in the holder's memory."""
+        return self._arena.addresses[holder] + (2 * peer + kind) * _FLAG_BYTES
+
+
+class _SymmetricTransfer(Transfer):
+    def __init__(
+        self,
+        exchange: Exchange,
+        buffers: list[Tensor],
+        tensors: list[Tensor],
+        streams: Streams,
+        number: int,
+        sent: object | None,
+        arrivals: list[int],
+        part: _Part,
+    ) -> None:
+        super().__init__(exchange, buffers)
+        self._tensors = tensors  # alive until they are sent
+        self._streams = streams
+        self._number = number
+        self._sent = sent
+        self._arrivals = arrivals
+        self._part = part
+
+    def _wait(self) -> None:
+        calling = self._streams.calling()
+        if self._sent is not None:
+            self._streams.wait(calling, self._sent)
+        for flag in self._arrivals:
+            self._streams.wait_flag(flag, self._number, calling)
+        if self._arrivals or self._sent is not None:
+            self._streams.watch(self._exchange)
+        self._tensors = []
+
+    def release(self) -> None:
+        self.buffers = []
+        self._part.free = self._streams.record(self._streams.calling())
+
+
+class _CudaArena:
+    def __init__(self, buffer: Tensor, group: ProcessGroup) -> None:
+        self.buffer = buffer
+        with _without_multicast():
+            self._handle = symm_mem.rendezvous(buffer, group)
+        self.addresses = list(self._handle.buffer_ptrs)
+
+
+class _Cuda:
+    """Streams on the current GPU; torch's symmetric memory underneath."""
+
+    def __init__(self, group: ProcessGroup) -> None:
+        self._group = GroupRef(group)
+        self._device = torch.device("cuda", torch.cuda.current_device())
+        # With priority, so that a ready copy does not queue behind kernels where the hardware shares queues.
+        self._copying = torch.cuda.Stream(self._device, priority=-1)
+
+    def allocate(self, num_bytes: int) -> Arena:
+        size = -(-num_bytes // _GRANULE) * _GRANULE
+        with _without_multicast():
+            buffer = symm_mem.empty(size, dtype=torch.uint8, device=self._device)
+        buffer.zero_()
+        torch.cuda.synchronize(self._device)
+        arena = _CudaArena(buffer, self._group())
+        self.idle()  # everybody's flags are zero
+        return arena
+
+    def idle(self) -> None:
+        torch.cuda.synchronize(self._device)
+        dist.barrier(self._group(), device_ids=[self._device.index])
+        torch.cuda.synchronize(self._device)
+
+    def calling(self) -> int:
+        return torch.cuda.current_stream(self._device).cuda_stream
+
+    def copying(self) -> int:
+        return self._copying.cuda_stream
+
+    def record(self, stream: int) -> object:
+        event = torch.cuda.Event()
+        event.record(self._stream(stream))
+        return event
+
+    def wait(self, stream: int, event: object) -> None:
+        assert isinstance(event, torch.cuda.Event)
+        event.wait(self._stream(stream))
+
+    def copy(self, target: int, source: int, num_bytes: int, stream: int) -> None:
+        driver.copy(target, source, num_bytes, stream)
+
+    def write_flag(self, address: int, value: int, stream: int) -> None:
+        driver.write_flag(address, value, stream)
+
+    def wait_flag(self, address: int, value: int, stream: int) -> None:
+        driver.wait_flag(address, value, stream)
+
+    def watch(self, exchange: Exchange) -> None:
+        watch(exchange, self._group())
+
+    def _stream(self, stream: int) -> torch.cuda.Stream:
+        return self._copying if stream == self._copying.cuda_stream else torch.cuda.current_stream(self._device)
+
+
+@contextlib.contextmanager
+def _without_multicast() -> Iterator[None]:
+    """torch would bind a multicast object to the memory, which nothing here uses, where the GPU has NVLink multicast."""
+    name = "TORCH_SYMM_MEM_DISABLE_MULTICAST"
+    before = os.environ.get(name)
+    os.environ[name] = "1"
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ[name]
+        else:
+            os.environ[name] = before
+
+
+def connect(group: ProcessGroup) -> SymmetricMemory | str:
+    """The group's transport, or, on every rank, why there is none. Every rank of the group must call this."""
+    records = collect({"reason": _missing_here(), "host": _host()}, group)
+    if reason := _first_reason(records):
+        return reason
+    if len({record["host"] for record in records}) > 1:
+        return "its ranks are on different hosts"
+    transport, reason = None, None
+    try:
+        transport = SymmetricMemory(dist.get_rank(group), dist.get_world_size(group), _Cuda(group))
+    except Exception as error:  # whatever the driver or torch says, it is the reason
+        reason = f"setting up symmetric memory failed: {type(error).__name__}: {error}"[:400]
+    reason = _first_reason(collect({"reason": reason}, group))
+    return transport if transport is not None and reason is None else str(reason)
+
+
+def _missing_here() -> str | None:
+    try:
+        driver.check_available()
+    except NotUsableError as error:
+        return str(error)
+    return None
+
+
+def _host() -> str:
+    boot = Path("/proc/sys/kernel/random/boot_id")
+    return f"{socket.gethostname()} {boot.read_text().strip() if boot.exists() else ''}"
+
+
+def _first_reason(records: Sequence[Mapping[str, object]]) -> str | None:
+    reasons = [f"cp rank {rank}: {record['reason']}" for rank, record in enumerate(records) if record["reason"]]
+    return reasons[0] if reasons else None
+
+
+def _aligned(num_bytes: int) -> int:
+    return -(-num_bytes // _ALIGNMENT) * _ALIGNMENT
