@@ -20,6 +20,7 @@ from magi_sink_cp.dist.layout import Range
 from magi_sink_cp.dist.plan import CPPlan
 from magi_sink_cp.dist.schedule import KernelCall, Schedule, Stage
 from magi_sink_cp.dist.transport import Transfer, Transport
+from magi_sink_cp.kernels.accumulate import MAX_TERMS, Term, accumulate
 from magi_sink_cp.kernels.dsink import sink_gradient
 from magi_sink_cp.kernels.inputs import check_qkv, check_sink, make_params
 from magi_sink_cp.kernels.merge import MAX_PARTIALS, merge
@@ -66,7 +67,8 @@ def cp_attention_with_sink(
         dsink_reduce: of the gradient of an "sh" sink, to which each rank contributes its own rows: "none" leaves the partial sum,
             for frameworks that reduce parameter gradients themselves; "sum" and "avg" all-reduce it over the group.
         overlap_degree: in how many stages other ranks' keys travel while the stage before is computed, at most cp_size - 1; 0 waits
-            for all of them and computes each row once. "auto" takes the least of a cost model (magi_sink_cp/dist/overlap.py).
+            for all of them and computes no row twice. "auto" takes what a cost model says, for forward and for backward
+            (magi_sink_cp/dist/overlap.py).
         grad_reduce_dtype: in which several ranks' contributions to dk and dv are added up: torch.float32 (default; fp64 for fp64
             inputs) or the dtype of k, which saves memory and rounds after each.
         checks: when the ranks compare their arguments: "auto" as under Raises, "always" in every call, for debugging.
@@ -113,8 +115,9 @@ class _Call:
 
     plan: CPPlan
     batch_size: int
-    overlap_degree: int
+    overlap_degrees: tuple[int, int]  # of forward and backward
     schedule: Schedule
+    backward_schedule: Schedule
     backend: Backend
     params: AttentionParams
     dsink_reduce: str
@@ -170,22 +173,28 @@ def _check_call(
     if dsink_reduce != "none" and sink is None:
         raise ValueError(f"dsink_reduce={dsink_reduce!r} reduces the gradient of a sink, and sink is None")
     if overlap_degree == "auto":
-        overlap_degree = plan.overlap_degree(
-            params.window_size, batch_size, q.shape[-2], k.shape[-2], q.shape[-1], q.element_size()
-        )
+        degrees = plan.overlap_degrees(params.window_size, batch_size, q.shape[-2], k.shape[-2], q.shape[-1], q.element_size())
     elif not isinstance(overlap_degree, int) or isinstance(overlap_degree, bool) or overlap_degree < 0:
         raise ValueError(f"overlap_degree must be an int >= 0 or 'auto', got {overlap_degree!r}")
+    else:
+        degrees = overlap_degree, overlap_degree
     exact = stat_dtype(q.dtype)
     if grad_reduce_dtype not in (None, exact, q.dtype):
         raise ValueError(f"grad_reduce_dtype must be {exact} or the dtype of k, {q.dtype}, got {grad_reduce_dtype!r}")
     if plan.group is not None and backend_for(plan.group, q.device.type) is None:
         config = dist.get_backend_config(plan.group)
         raise ValueError(f"q, k and v must be on a device that the plan's group ({config}) can send from, got {q.device}")
-    schedule = plan.schedule(params.window_size, overlap_degree, batch_size)
     return _Call(
-        plan, batch_size, overlap_degree, schedule, select_backend(backend, q, Call(params)), params, dsink_reduce,
-        grad_reduce_dtype or exact,
-    )  # fmt: skip
+        plan=plan,
+        batch_size=batch_size,
+        overlap_degrees=degrees,
+        schedule=plan.schedule(params.window_size, degrees[0], batch_size),
+        backward_schedule=plan.schedule(params.window_size, degrees[1], batch_size),
+        backend=select_backend(backend, q, Call(params)),
+        params=params,
+        dsink_reduce=dsink_reduce,
+        grad_reduce_dtype=grad_reduce_dtype or exact,
+    )
 
 
 def _signature(q: Tensor, k: Tensor, v: Tensor, sink: Tensor | None, call: _Call, sink_layout: str) -> dict[str, object]:
@@ -198,7 +207,7 @@ def _signature(q: Tensor, k: Tensor, v: Tensor, sink: Tensor | None, call: _Call
         "sink_layout": sink_layout,
         "mask and scores": repr(call.params),
         "dsink_reduce": call.dsink_reduce,
-        "overlap_degree": call.overlap_degree,
+        "overlap_degree (forward, backward)": call.overlap_degrees,
         "grad_reduce_dtype": str(call.grad_reduce_dtype),
         "backend": call.backend.name,
         "requires_grad of q, k, v, sink": [torch.is_grad_enabled() and x is not None and x.requires_grad for x in (q, k, v, sink)],
@@ -222,17 +231,18 @@ class _CPAttentionWithSink(torch.autograd.Function):
         out = torch.empty_like(q, memory_format=torch.contiguous_format)
         own: list[Partial] = []  # of calls that write their rows of out themselves
         partials: list[Partial] = []
-        for stage in _stages(k, v, call):
-            for kernel in stage.kernels():
+        for stage, k_stage, v_stage in _stages(k, v, call.schedule.stages, call):
+            for kernel in stage.calls:
                 rows, keys = slice(*kernel.rows), slice(*kernel.keys)
+                partial = _forward_kernel(q[rows], k_stage[keys], v_stage[keys], kernel, call, out[rows] if kernel.first else None)
                 if kernel.first:
-                    own.append(_forward_kernel(q[rows], stage.k[keys], stage.v[keys], kernel, call, out[rows]))
+                    own.append(partial)
                     continue
                 if not partials:
                     partials = [_together(own, q, out)]
                 elif len(partials) == MAX_PARTIALS:
                     partials = [Partial(*merge(partials, out_dtype=stat_dtype(q.dtype)))]
-                partials.append(_forward_kernel(q[rows], stage.k[keys], stage.v[keys], kernel, call, None))
+                partials.append(partial)
         out, lse = merge(partials or [_together(own, q, out)], sink, out=out)
         ctx.save_for_backward(q, k, v, sink, out, lse)
         if call.plan.pad_tokens:  # the padding's lse, the sink alone, must not reach a loss on lse
@@ -249,97 +259,68 @@ class _CPAttentionWithSink(torch.autograd.Function):
         dout = torch.zeros_like(out) if dout is None else dout
         if dlse is not None:  # log 0 depends on nothing, and padding belongs to nothing
             dlse = dlse.masked_fill(torch.isneginf(lse) | call.padding(q.device), 0.0)
-        everything: Pieces = (((0, k.shape[0]), (0, k.shape[0])),)
-        stages = call.schedule.stages
-        dq = _GradientSum(q, 1 + sum(not kernel.first for stage in stages for kernel in stage.calls))
-        arrivals = 1 + sum(len({message.peer for message in stage.reduce.receives}) for stage in stages)
-        dk, dv = (_GradientSum(x, arrivals, call.grad_reduce_dtype) for x in (k, v))
+        stages = call.backward_schedule.stages
+        # Where dsink is complete; on every rank at the same stage, because collectives of a group are matched by their order.
+        all_rows_seen = stages[0 if call.overlap_degrees[1] > 0 else -1]
         # Rows that no call has are padding.
         own_dq = (torch.zeros_like if call.plan.pad_tokens else torch.empty_like)(q, memory_format=torch.contiguous_format)
+        dq = _GradientSum(q, stat_dtype(q.dtype))
+        dk, dv = (_GradientSum(x, call.grad_reduce_dtype) for x in (k, v))
+        dq.add(own_dq, [((0, q.shape[0]), (0, q.shape[0]))])
         dsink = _SinkGradient(sink, lse, call) if ctx.needs_input_grad[3] else None
         homeward: tuple[Stage, Transfer] | None = None
-        for stage in _stages(k, v, call):
-            dk_stage, dv_stage = (_GradientSum(x, len(stage.schedule.calls)) for x in (stage.k, stage.v))
-            more: list[tuple[Range, Tensor]] = []
-            for kernel in stage.kernels():
+        for stage, k_stage, v_stage in _stages(k, v, stages, call):
+            # A local stage's keys are those of dk and dv; others' gradients are put together to travel.
+            dk_stage, dv_stage = (dk, dv) if stage.local else (_GradientSum(x, call.grad_reduce_dtype) for x in (k_stage, v_stage))
+            for kernel in stage.calls:
                 rows, keys = slice(*kernel.rows), slice(*kernel.keys)
                 target = own_dq[rows] if kernel.first else None
-                grads = _backward_kernel(dout, q, stage.k[keys], stage.v[keys], out, lse, dlse, kernel, call, target)
+                grads = _backward_kernel(dout, q, k_stage[keys], v_stage[keys], out, lse, dlse, kernel, call, target)
                 for total, part in ((dk_stage, grads.dk), (dv_stage, grads.dv)):
-                    total.add(part, ((kernel.keys, (0, part.shape[0])),))
+                    total.add(part, [(kernel.keys, (0, part.shape[0]))])
                 if not kernel.first:
-                    more.append((kernel.rows, grads.dq))
+                    dq.add(grads.dq, [(kernel.rows, (0, grads.dq.shape[0]))])
                 elif dsink is not None:
                     dsink.add(grads.delta, out[rows], dout[rows], None if dlse is None else dlse[:, rows], rows)
-            grads_here = [dk_stage.result(), dv_stage.result()]
-            leaving = None
-            if not stage.schedule.local:
-                leaving = stage.schedule, call.transport.start(grads_here, stage.schedule.reduce)
-            own = everything if stage.schedule.local else stage.schedule.own
-            if own:
-                dk.add(grads_here[0], own)
-                dv.add(grads_here[1], own)
-            if stage.schedule is stages[0]:
-                dq.add(own_dq, (((0, q.shape[0]), (0, q.shape[0])),))
-                if dsink is not None:
-                    dsink.reduce()
-            for span, part in more:
-                dq.add(part, ((span, (0, part.shape[0])),))
-            _add_arrived(homeward, dk, dv)
+            leaving: tuple[Stage, Transfer] | None = None
+            if not stage.local:
+                grads_here = dk_stage.result(), dv_stage.result()
+                leaving = stage, call.transport.start(grads_here, stage.reduce)
+                for total, part in zip((dk, dv), grads_here, strict=True):
+                    total.add(part, stage.own)
+            if dsink is not None and stage is all_rows_seen:
+                dsink.reduce()
+            if stage is not stages[-1]:
+                dq.fold()
+            if homeward is not None:
+                _add_arrived(*homeward, dk, dv)
+                dk.fold()
+                dv.fold()
+                homeward[1].release()
             homeward = leaving
-        _add_arrived(homeward, dk, dv)
-        return dq.result(), dk.result(), dv.result(), None if dsink is None else dsink.wait(), None
+        if homeward is None:
+            return dq.result(), dk.result(), dv.result(), None if dsink is None else dsink.wait(), None
+        grad_q = dq.result()  # while the last gradients travel
+        _add_arrived(*homeward, dk, dv)
+        grad_k, grad_v = dk.result(), dv.result()
+        homeward[1].release()
+        return grad_q, grad_k, grad_v, None if dsink is None else dsink.wait(), None
 
 
-class _StageKeys:
-    """A stage with its keys, which may still be arriving."""
-
-    def __init__(self, stage: Stage, k: Tensor, v: Tensor, transfer: Transfer | None) -> None:
-        self.schedule, self.k, self.v = stage, k, v
-        self._transfer = transfer
-        self._here = transfer is None
-
-    def kernels(self) -> Iterator[KernelCall]:
-        """The stage's calls, each when its keys are there."""
-        for number, kernel in enumerate(self.schedule.calls):
-            if number == self.schedule.num_own_calls:
-                self.arrive()
-            yield kernel
-
-    def arrive(self) -> None:
-        """Wait for the keys, if nobody has."""
-        if self._transfer is not None and not self._here:
-            self._transfer.wait()
-            self._here = True
-
-    def release(self) -> None:
-        """Nothing reads the keys any more."""
-        if self._transfer is not None:
-            self.arrive()
-            self._transfer.release()
-
-
-def _stages(k: Tensor, v: Tensor, call: _Call) -> Iterator[_StageKeys]:
-    """The stages one by one, with the next one's keys already on their way."""
-    stages = call.schedule.stages
-    coming = None if stages[0].local else _start(stages[0], k, v, call)
+def _stages(k: Tensor, v: Tensor, stages: Sequence[Stage], call: _Call) -> Iterator[tuple[Stage, Tensor, Tensor]]:
+    """Yield (stage, its k, its v), one by one, with the next stage's keys already on their way."""
+    arriving: Transfer | None = None
     for number, stage in enumerate(stages):
-        here = _StageKeys(stage, k, v, None) if coming is None else coming
-        if stage.calls and not stage.num_own_calls:
-            here.arrive()
-        coming = _start(stages[number + 1], k, v, call) if number + 1 < len(stages) else None
-        yield here
-        here.release()
-
-
-def _start(stage: Stage, k: Tensor, v: Tensor, call: _Call) -> _StageKeys:
-    """Send the stage's keys on their way, and put this rank's own among them."""
-    transfer = call.transport.start((k, v), stage.cast)
-    k_stage, v_stage = transfer.buffers
-    for (lo, hi), (start, stop) in stage.own:
-        k_stage[start:stop].copy_(k[lo:hi])
-        v_stage[start:stop].copy_(v[lo:hi])
-    return _StageKeys(stage, k_stage, v_stage, transfer)
+        here, k_stage, v_stage = arriving, k, v
+        if here is not None:
+            here.wait()
+            k_stage, v_stage = here.buffers
+        if number + 1 < len(stages):
+            coming = stages[number + 1]
+            arriving = call.transport.start((k, v), coming.cast, coming.own)
+        yield stage, k_stage, v_stage
+        if here is not None:
+            here.release()
 
 
 def _together(partials: Sequence[Partial], q: Tensor, out: Tensor) -> Partial:
@@ -399,41 +380,41 @@ def _request(kernel: KernelCall, call: _Call, device: torch.device) -> Call:
     return Call(dataclasses.replace(call.params, window_size=kernel.window_size), call.plan.varlen(kernel, device))
 
 
-Pieces = Sequence[tuple[Range, Range]]
-
-
 class _GradientSum:
-    """Sums ``count`` contributions to the gradient of ``x`` along its first dimension, in the order they are added.
+    """The gradient of ``x`` as a sum of contributions along its first dimension, in the order they are added, rounded once.
 
-    Two contributions are added in one kernel that computes in fp32 and rounds once; more of them in a buffer of ``dtype``, which is
-    fp32 if it is not given.
+    Contributions are kept until :meth:`fold` or :meth:`result` adds them; what is folded is kept in ``dtype``.
     """
 
-    def __init__(self, x: Tensor, count: int, dtype: torch.dtype | None = None) -> None:
+    def __init__(self, x: Tensor, dtype: torch.dtype) -> None:
         self._like = x
-        self._left = count
-        self._dtype = dtype or stat_dtype(x.dtype)
-        self._sum: Tensor | None = None
+        self._dtype = dtype
+        self._terms: list[Term] = []
 
-    def add(self, contribution: Tensor, pieces: Pieces) -> None:
+    def add(self, contribution: Tensor, pieces: Sequence[tuple[Range, Range]]) -> None:
         """Add, for each (rows of x, rows of contribution), these to those."""
-        if not contribution.shape[0]:
-            return
-        self._left -= 1
-        if self._sum is None:
-            (rows, source), *others = pieces
-            if not others and rows == (0, self._like.shape[0]):
-                self._sum = contribution[slice(*source)]
-                return
-            self._sum = torch.zeros_like(self._like)
-        if self._left > 0 and self._dtype != self._sum.dtype:
-            self._sum = self._sum.to(self._dtype)
-        for rows, source in pieces:
-            self._sum[slice(*rows)] += contribution[slice(*source)]
+        for (start, stop), (first, _) in pieces:
+            if len(self._terms) == MAX_TERMS:
+                self.fold()
+            self._terms.append(Term(contribution, first, start, stop))
+
+    def fold(self) -> None:
+        """Add up what there is, so that the contributions may go."""
+        if len(self._terms) > 1:
+            self._terms = [Term(self._sum(self._dtype), 0, 0, self._like.shape[0])]
 
     def result(self) -> Tensor:
         """The sum in the dtype of x; rows without a contribution are 0."""
-        return torch.zeros_like(self._like) if self._sum is None else self._sum.to(self._like.dtype)
+        return self._sum(self._like.dtype) if self._terms else torch.zeros_like(self._like)
+
+    def _sum(self, dtype: torch.dtype) -> Tensor:
+        """The sum in ``dtype``, in the memory of the first contribution if that has all rows and this dtype."""
+        first, rows = self._terms[0], self._like.shape[0]
+        whole = first.tensor.dtype == dtype and (first.start, first.stop) == (0, rows)
+        out = first.tensor[first.first : first.first + rows] if whole else torch.empty_like(self._like, dtype=dtype)
+        if not whole or len(self._terms) > 1:
+            accumulate(self._terms, out)
+        return out
 
 
 class _SinkGradient:
@@ -472,15 +453,9 @@ class _SinkGradient:
         return total.to(self._sink.dtype)
 
 
-def _add_arrived(homeward: tuple[Stage, Transfer] | None, dk: _GradientSum, dv: _GradientSum) -> None:
-    """Wait for the gradients of this rank's keys that other ranks computed, and add them, rank by rank."""
-    if homeward is None:
-        return
-    stage, transfer = homeward
+def _add_arrived(stage: Stage, transfer: Transfer, dk: _GradientSum, dv: _GradientSum) -> None:
+    """Wait for the gradients of this rank's keys that other ranks computed, and add them."""
     transfer.wait()
-    for peer in sorted({message.peer for message in stage.cast.sends}):
-        pairs = zip(stage.cast.sends, stage.reduce.receives, strict=True)
-        pieces = [(sent.tokens, arrived.tokens) for sent, arrived in pairs if sent.peer == peer]
-        for total, buffer in zip((dk, dv), transfer.buffers, strict=True):
-            total.add(buffer, pieces)
-    transfer.release()
+    pieces = [(sent.tokens, arrived.tokens) for sent, arrived in zip(stage.cast.sends, stage.reduce.receives, strict=True)]
+    for total, buffer in zip((dk, dv), transfer.buffers, strict=True):
+        total.add(buffer, pieces)

@@ -19,7 +19,7 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from magi_sink_cp.dist.agreement import GroupRef, agree, backend_for, group_device
 from magi_sink_cp.dist.layout import LAYOUTS, Range, RankRanges, num_tokens, union
-from magi_sink_cp.dist.overlap import Work, choose_overlap_degree
+from magi_sink_cp.dist.overlap import Work, choose_overlap_degrees
 from magi_sink_cp.dist.schedule import (
     CAUSAL,
     FULL,
@@ -145,7 +145,7 @@ class CPPlan:
         self.real_tokens = int(real.sum())
         self._digest = _sha256((total_tokens, layout, documents))
         self._schedules: dict[tuple[Window, int, int], Schedule] = {}
-        self._degrees: dict[tuple[object, ...], int] = {}
+        self._degrees: dict[tuple[object, ...], tuple[int, int]] = {}
         self._varlens: dict[tuple[int, torch.device], Varlen | None] = {}
 
     @property
@@ -211,12 +211,12 @@ class CPPlan:
                 self._schedules[key] = build_schedule(layout, documents, window_size, self.rank, overlap_degree)
         return self._schedules[key]
 
-    def overlap_degree(
+    def overlap_degrees(
         self, window_size: Window, batch_size: int, heads: int, heads_kv: int, head_dim: int, element_size: int
-    ) -> int:
-        """What ``overlap_degree="auto"`` stands for (overlap.py); the same on every rank."""
+    ) -> tuple[int, int]:
+        """What ``overlap_degree="auto"`` stands for in forward and in backward (overlap.py); the same on every rank."""
         if self.cp_size == 1:
-            return 0
+            return 0, 0
         key = (window_size, batch_size, heads, heads_kv, head_dim, element_size)
         if key not in self._degrees:
             left, right = window_size
@@ -231,7 +231,7 @@ class CPPlan:
                 element_size=element_size,
             )
             on_one_host = self.transport is not None and self.transport.needs_route
-            self._degrees[key] = choose_overlap_degree(work, self.cp_size, "nvlink" if on_one_host else "network")
+            self._degrees[key] = choose_overlap_degrees(work, self.cp_size, "nvlink" if on_one_host else "network")
         return self._degrees[key]
 
     def varlen(self, call: KernelCall, device: torch.device) -> Varlen | None:
@@ -246,7 +246,7 @@ class CPPlan:
         return self._varlens[key]
 
     def agree(self, signature: Mapping[str, object] | Exception, what: str, always: bool = False) -> None:
-        """Compare a call's signature over the ranks: on GPUs the first time that this group sees it, or ``always``, else every time.
+        """Compare a call's signature over the ranks: every time, or on GPUs, unless ``always``, the first time.
 
         On GPUs an exception is exchanged only while the group has agreed on nothing yet: after that the others may be past this.
         """

@@ -1,9 +1,11 @@
 """Who needs which keys, when they travel, and which kernel calls consume them: pure functions over ints.
 
 Words: a *document* is a half-open global token range; *rows* and *keys* are local indices of a rank's tokens. A *stage* brings the
-keys of some ranks together in a *buffer*, in the order of the whole sequence, and computes with them; *step* s of rank r brings
-the keys of rank (r - s) mod cp, so step 0 its own. ``overlap_degree`` n > 0 makes n + 1 stages: the rank's own keys, where nothing
-travels, then the other steps in n groups, each travelling while the stage before computes. 0 makes one stage of them all.
+keys of some ranks together in a *buffer*, in the order of the whole sequence, and computes with them, while the next stage's keys
+travel. The first stage is *local*: it reads the rank's own keys where they are, and nothing travels for it. *Step* s brings rank r
+the keys of rank (r - s) mod cp. ``overlap_degree`` n > 0 computes all rows with the rank's own keys in the local stage, and the
+other steps in n groups, one stage each. 0 computes no row twice: in the local stage those that see own keys alone, and in one more
+stage the others, with all the keys that they see.
 
 Under zigzag and a causal mask, cp_size = 2, one document (rows × keys by chunk; own causal part \\, remote rectangle #):
 
@@ -11,7 +13,7 @@ Under zigzag and a causal mask, cp_size = 2, one document (rows × keys by chunk
     rank 0  0       \\                             rank 1 holds chunks 1 and 2: both see the remote chunk 0, and chunk 3 never
     rank 1  1       #  \\                          travels, because no query there sees it.
     rank 1  2       #  \\  \\
-    rank 0  3       \\  #  #  \\                    In one stage, rank 1 computes one causal call of its rows over chunks 0, 1, 2.
+    rank 0  3       \\  #  #  \\                    With overlap_degree 0 rank 1 has one causal call: its rows over chunks 0 to 2.
 
 Under a sliding window only the keys within it travel: of each chunk at most the last ``left`` and the first ``right`` (a halo). A
 kernel call knows nothing of where its rows and keys stand; its window is aligned to the bottom right of each segment, so that
@@ -146,16 +148,14 @@ class Stage:
 
     Attributes:
         local: it is the rank's own keys, as they are; nothing travels, on any rank.
-        calls: the first ``num_own_calls`` of them read no key that travels.
         cast: brings the other ranks' keys into the buffer.
-        own: (local keys, where they stand in the buffer).
+        own: (local keys, where they stand in the buffer) if the stage reads own keys beside the others'.
         reduce: brings home the gradients that other ranks computed for what this one sent, back to back in the order of
             ``cast.sends``.
     """
 
     local: bool
     calls: tuple[KernelCall, ...]
-    num_own_calls: int
     cast: Exchange
     own: tuple[tuple[Range, Range], ...]
     reduce: Exchange
@@ -187,8 +187,7 @@ def build_schedule(
         window_size: (left, right) tokens that a query sees around itself in its document; -1 is unlimited, right 0 is causal.
         overlap_degree: how many stages travel behind another one's computation; more than cp_size - 1 are as many.
     """
-    sequence = _Sequence(layout, documents, window_size)
-    return Schedule(tuple(sequence.stage(rank, number, steps) for number, steps in enumerate(_steps(len(layout), overlap_degree))))
+    return Schedule(tuple(_Sequence(layout, documents, window_size).stages(rank, overlap_degree)))
 
 
 def mean_remote_keys(layout: Sequence[RankRanges], documents: Sequence[Range], window_size: Window) -> int:
@@ -226,17 +225,6 @@ def add_routes(schedules: Sequence[Schedule], rank: int) -> Schedule:
     )
 
 
-def _steps(cp_size: int, overlap_degree: int) -> Iterator[range]:
-    """The steps of each stage."""
-    if overlap_degree == 0 or cp_size == 1:
-        yield range(cp_size)
-        return
-    yield range(1)
-    groups = min(overlap_degree, cp_size - 1)
-    for group in range(groups):
-        yield range(1 + (cp_size - 1) * group // groups, 1 + (cp_size - 1) * (group + 1) // groups)
-
-
 @dataclass(frozen=True)
 class _Piece:
     """Rows (global) of one document in one of a rank's ranges, the local index of the first, and the keys (global) they see."""
@@ -257,23 +245,40 @@ class _Sequence:
         farthest = max((hi - lo for lo, hi in documents), default=1) - 1
         left, right = window_size
         self._window = (-1 if 0 < farthest <= left else left, -1 if 0 < farthest <= right else right)
-        self._of_rank: dict[int, tuple[list[_Piece], RankRanges]] = {}
+        self._pieces_of: dict[int, list[_Piece]] = {}
+        self._seen_by: dict[int, RankRanges] = {}
 
-    def stage(self, rank: int, number: int, steps: range) -> Stage:
-        """Stage ``number``, of the keys that ``steps`` bring to ``rank``."""
+    def stages(self, rank: int, overlap_degree: int) -> Iterator[Stage]:
+        """The stages of ``rank``."""
         cp_size = len(self._layout)
-        pieces, seen = self._pieces(rank)
-        sources = [(rank - step) % cp_size for step in steps]
-        arrivals = sorted((tokens, source) for source in sources for tokens in intersection(seen, self._layout[source]))
+        pieces = self._pieces(rank)
+        if overlap_degree > 0 or cp_size == 1:
+            yield self._stage(rank, 0, range(1), pieces)
+            groups = min(overlap_degree, cp_size - 1)
+            for group in range(groups):
+                steps = range(1 + (cp_size - 1) * group // groups, 1 + (cp_size - 1) * (group + 1) // groups)
+                yield self._stage(rank, 1 + group, steps, pieces)
+        else:
+            own = union(self._layout[rank])
+            remote = [num_tokens(intersection(own, (piece.keys,))) < piece.keys[1] - piece.keys[0] for piece in pieces]
+            yield self._stage(rank, 0, range(1), [piece for piece, sees in zip(pieces, remote, strict=True) if not sees])
+            yield self._stage(rank, 1, range(cp_size), [piece for piece, sees in zip(pieces, remote, strict=True) if sees])
+
+    def _stage(self, rank: int, number: int, steps: range, pieces: Sequence[_Piece]) -> Stage:
+        """Stage ``number``, of the keys that ``steps`` bring to ``pieces`` of ``rank``."""
+        cp_size = len(self._layout)
+        local, with_own = steps == range(1), 0 in steps
         mine = _local(self._layout[rank])
         own: list[tuple[Range, Range]] = []
         receives: list[Message] = []
-        if sources == [rank]:  # the rank's own keys, where they are
-            to_buffer, size = _local(self._layout[rank]), sum(hi - lo for lo, hi in self._layout[rank])
-            runs = union(self._layout[rank])
+        if local:
+            runs, to_buffer, size = union(self._layout[rank]), mine, num_tokens(self._layout[rank])
         else:
-            runs = union([tokens for tokens, _ in arrivals])
-            to_buffer, size = _local([tokens for tokens, _ in arrivals]), sum(hi - lo for (lo, hi), _ in arrivals)
+            sources = [(rank - step) % cp_size for step in steps]
+            seen = union([piece.keys for piece in pieces])
+            arrivals = sorted((tokens, source) for source in sources for tokens in intersection(seen, self._layout[source]))
+            buffer = [tokens for tokens, _ in arrivals]
+            runs, to_buffer, size = union(buffer), _local(buffer), num_tokens(buffer)
             for tokens, source in arrivals:
                 if source == rank:
                     own.append((mine(tokens), to_buffer(tokens)))
@@ -286,19 +291,15 @@ class _Sequence:
             target = (rank + step) % cp_size
             if target == rank:
                 continue
-            for tokens in intersection(self._pieces(target)[1], self._layout[rank]):
+            for tokens in intersection(self._seen(target), self._layout[rank]):
                 sends.append(Message(target, mine(tokens)))
                 homeward.append(Message(target, (place, place + tokens[1] - tokens[0])))
                 place += tokens[1] - tokens[0]
         segments = _join(list(self._segments(pieces, runs, to_buffer)))
-        direct = 0 in steps
-        calls = _group(segments, [p.start for p in pieces] if direct else None)
-        travelling = sorted(m.tokens for m in receives)
-        calls = sorted(calls, key=lambda c: (not c.first, _overlaps(c.keys, travelling)))
+        calls = _group(segments, [piece.start for piece in self._pieces(rank)] if local or with_own else None)
         return Stage(
-            local=sources == [rank],
-            calls=tuple(calls),
-            num_own_calls=sum(not _overlaps(c.keys, travelling) for c in calls),
+            local=local,
+            calls=tuple(sorted(calls, key=lambda call: not call.first)),
             cast=Exchange(f"group_cast of stage {number}", tuple(sends), tuple(receives), size),
             own=tuple(own),
             reduce=Exchange(f"group_reduce of stage {number}", tuple(receives), tuple(homeward), place),
@@ -306,13 +307,19 @@ class _Sequence:
 
     def remote_keys(self, rank: int) -> int:
         """Keys that ``rank`` sees and does not hold."""
-        seen = self._pieces(rank)[1]
+        seen = self._seen(rank)
         return num_tokens(seen) - num_tokens(intersection(seen, self._layout[rank]))
 
-    def _pieces(self, rank: int) -> tuple[list[_Piece], RankRanges]:
-        """The rank's pieces in order, and all keys that they see."""
-        if rank in self._of_rank:
-            return self._of_rank[rank]
+    def _seen(self, rank: int) -> RankRanges:
+        """All keys that the rank sees."""
+        if rank not in self._seen_by:
+            self._seen_by[rank] = union([piece.keys for piece in self._pieces(rank)])
+        return self._seen_by[rank]
+
+    def _pieces(self, rank: int) -> list[_Piece]:
+        """The rows of each document in each of the rank's ranges, in order."""
+        if rank in self._pieces_of:
+            return self._pieces_of[rank]
         left, right = self._window
         pieces, base = [], 0
         for lo, hi in self._layout[rank]:
@@ -322,8 +329,8 @@ class _Sequence:
                 if rows[0] < rows[1]:
                     pieces.append(_Piece(rows, base + rows[0] - lo, _reach(document, rows, left, right)))
             base += hi - lo
-        self._of_rank[rank] = pieces, union([piece.keys for piece in pieces])
-        return self._of_rank[rank]
+        self._pieces_of[rank] = pieces
+        return pieces
 
     def _segments(self, pieces: Sequence[_Piece], runs: RankRanges, to_buffer: Callable[[Range], Range]) -> Iterator[Segment]:
         """Rows × keys of every piece and every run of neighbouring keys that it sees something of."""
@@ -363,12 +370,6 @@ def _local(ranges: Sequence[Range]) -> Callable[[Range], Range]:
         return tokens[0] + shift, tokens[1] + shift
 
     return place
-
-
-def _overlaps(tokens: Range, ranges: Sequence[Range]) -> bool:
-    """Whether the tokens and the sorted, disjoint ranges share any."""
-    which = bisect_left(ranges, (tokens[1],)) - 1
-    return which >= 0 and ranges[which][1] > tokens[0]
 
 
 def _join(segments: Sequence[Segment]) -> list[Segment]:

@@ -33,7 +33,7 @@ from torch.distributed import ProcessGroup
 from magi_sink_cp.dist import driver
 from magi_sink_cp.dist.agreement import GroupRef, collect
 from magi_sink_cp.dist.schedule import Exchange
-from magi_sink_cp.dist.transport import Transfer, Transport
+from magi_sink_cp.dist.transport import Own, Transfer, Transport
 from magi_sink_cp.dist.watchdog import watch
 from magi_sink_cp.kernels.flash import NotUsableError
 
@@ -59,6 +59,7 @@ class Streams(Protocol):
     def allocate(self, num_bytes: int) -> Arena: ...
     def calling(self) -> int: ...
     def copying(self) -> int: ...
+    def copying_own(self) -> int: ...
     def record(self, stream: int) -> object: ...
     def wait(self, stream: int, event: object) -> None: ...
     def copy(self, target: int, source: int, num_bytes: int, stream: int) -> None: ...
@@ -93,7 +94,7 @@ class SymmetricMemory(Transport):
         self._parts: list[_Part] = []
         self._views: dict[tuple[object, ...], Tensor] = {}
 
-    def start(self, tensors: Sequence[Tensor], exchange: Exchange) -> Transfer:
+    def start(self, tensors: Sequence[Tensor], exchange: Exchange, own: Own = ()) -> Transfer:
         route, streams = exchange.route, self._streams
         assert route is not None, "the plan adds routes for transports that need them"
         token_bytes = [x.element_size() * math.prod(x.shape[1:]) for x in tensors]
@@ -109,9 +110,19 @@ class SymmetricMemory(Transport):
             sources = {message.peer for message in exchange.receives}
             for peer in sources:
                 streams.write_flag(self._flag(peer, _READY, self._rank), number, copying)
+            inputs = streams.record(calling)
+            filled = None
+            if own:
+                at_home = streams.copying_own()
+                streams.wait(at_home, inputs)
+                for (lo, hi), (place, _) in own:
+                    for x, offset, each in zip(tensors, offsets, token_bytes, strict=True):
+                        target = self._arena.addresses[self._rank] + offset + place * each
+                        streams.copy(target, x.data_ptr() + lo * each, (hi - lo) * each, at_home)
+                filled = streams.record(at_home)
             sent = None
             if exchange.sends:
-                streams.wait(copying, streams.record(calling))
+                streams.wait(copying, inputs)
                 awaited: set[int] = set()
                 for message, place in zip(exchange.sends, route.places, strict=True):
                     if message.peer not in awaited:
@@ -125,7 +136,7 @@ class SymmetricMemory(Transport):
                     streams.write_flag(self._flag(peer, _ARRIVED, self._rank), number, copying)
                 sent = streams.record(copying)
             arrivals = [self._flag(self._rank, _ARRIVED, peer) for peer in sources]
-        return _SymmetricTransfer(exchange, buffers, list(tensors), streams, number, sent, arrivals, part)
+        return _SymmetricTransfer(exchange, buffers, list(tensors), streams, number, (filled, sent), arrivals, part)
 
     def _grow(self, num_bytes: int) -> None:
         """Make room, on every rank at once: all of them see the same sizes in the same order."""
@@ -139,7 +150,7 @@ class SymmetricMemory(Transport):
         self._arena, self._count = self._streams.allocate(num_bytes), 0
 
     def _take(self, begin: int, end: int, exchange: Exchange) -> _Part:
-        """The bytes as a part of this exchange, on both streams after what has used them before."""
+        """The bytes as a part of this exchange, for both streams that write here after what has used them before."""
         rest = []
         for part in self._parts:
             if part.end <= begin or end <= part.begin:
@@ -147,7 +158,7 @@ class SymmetricMemory(Transport):
                 continue
             if part.free is None:
                 raise RuntimeError(f"{exchange}: its buffer is in use by a transfer that has not been released")
-            for stream in (self._streams.copying(), self._streams.calling()):
+            for stream in (self._streams.copying(), self._streams.copying_own()):
                 self._streams.wait(stream, part.free)
             rest += [_Part(lo, hi, part.free) for lo, hi in ((part.begin, begin), (end, part.end)) if lo < hi]
         taken = _Part(begin, end, None)
@@ -176,7 +187,7 @@ class _SymmetricTransfer(Transfer):
         tensors: list[Tensor],
         streams: Streams,
         number: int,
-        sent: object | None,
+        filled_and_sent: tuple[object | None, object | None],
         arrivals: list[int],
         part: _Part,
     ) -> None:
@@ -184,23 +195,27 @@ class _SymmetricTransfer(Transfer):
         self._tensors = tensors  # alive until they are sent
         self._streams = streams
         self._number = number
-        self._sent = sent
+        self._filled, self._sent = filled_and_sent
         self._arrivals = arrivals
         self._part = part
 
     def _wait(self) -> None:
         calling = self._streams.calling()
-        if self._sent is not None:
-            self._streams.wait(calling, self._sent)
+        if self._filled is not None:
+            self._streams.wait(calling, self._filled)
         for flag in self._arrivals:
             self._streams.wait_flag(flag, self._number, calling)
-        if self._arrivals or self._sent is not None:
+        if self._arrivals:
             self._streams.watch(self._exchange)
-        self._tensors = []
 
     def release(self) -> None:
-        self.buffers = []
-        self._part.free = self._streams.record(self._streams.calling())
+        calling = self._streams.calling()
+        self._part.free = self._streams.record(calling)
+        if self._sent is not None:
+            self._streams.wait(calling, self._sent)
+            if not self._arrivals:
+                self._streams.watch(self._exchange)
+        self.buffers, self._tensors = [], []
 
 
 class _CudaArena:
@@ -218,7 +233,7 @@ class _Cuda:
         self._group = GroupRef(group)
         self._device = torch.device("cuda", torch.cuda.current_device())
         # With priority, so that a ready copy does not queue behind kernels where the hardware shares queues.
-        self._copying = torch.cuda.Stream(self._device, priority=-1)
+        self._copying, self._copying_own = (torch.cuda.Stream(self._device, priority=-1) for _ in range(2))
 
     def allocate(self, num_bytes: int) -> Arena:
         size = -(-num_bytes // _GRANULE) * _GRANULE
@@ -240,6 +255,9 @@ class _Cuda:
 
     def copying(self) -> int:
         return self._copying.cuda_stream
+
+    def copying_own(self) -> int:
+        return self._copying_own.cuda_stream
 
     def record(self, stream: int) -> object:
         event = torch.cuda.Event()
@@ -263,7 +281,10 @@ class _Cuda:
         watch(exchange, self._group())
 
     def _stream(self, stream: int) -> torch.cuda.Stream:
-        return self._copying if stream == self._copying.cuda_stream else torch.cuda.current_stream(self._device)
+        for known in (self._copying, self._copying_own):
+            if stream == known.cuda_stream:
+                return known
+        return torch.cuda.current_stream(self._device)
 
 
 @contextlib.contextmanager

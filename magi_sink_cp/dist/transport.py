@@ -16,14 +16,17 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from magi_sink_cp.dist.agreement import GroupRef
+from magi_sink_cp.dist.layout import Range
 from magi_sink_cp.dist.schedule import Exchange, Message
 from magi_sink_cp.dist.watchdog import watch
+
+Own = Sequence[tuple[Range, Range]]
 
 
 class Transfer(ABC):
     """Messages in flight and the buffers that they fill, one for each tensor sent: (buffer tokens, …).
 
-    What no message fills is the caller's to fill, at once. The sent tensors must be left alone until :meth:`wait` has returned.
+    The sent tensors must be left alone until :meth:`release` has returned.
     """
 
     def __init__(self, exchange: Exchange, buffers: list[Tensor]) -> None:
@@ -32,7 +35,7 @@ class Transfer(ABC):
         self._waited = False
 
     def wait(self) -> None:
-        """Make the current stream (on GPUs) or this thread (on CPUs) wait for the messages, sent and received.
+        """Make the current stream (on GPUs) or this thread (on CPUs) wait for what fills the buffers.
 
         Raises:
             RuntimeError: called twice, or the messages failed; the text names operation, stage and ranks.
@@ -47,7 +50,7 @@ class Transfer(ABC):
 
     @abstractmethod
     def release(self) -> None:
-        """Everything that reads the buffers has been enqueued on the current stream; they must not be read after that."""
+        """Everything that reads the buffers is enqueued on the current stream, and what comes next may change what was sent."""
 
 
 class Transport(ABC):
@@ -58,8 +61,11 @@ class Transport(ABC):
     needs_route = False
 
     @abstractmethod
-    def start(self, tensors: Sequence[Tensor], exchange: Exchange) -> Transfer:
-        """Send each tensor's ``exchange.sends`` and receive into the transfer's buffers. tensors are (tokens, …), dense."""
+    def start(self, tensors: Sequence[Tensor], exchange: Exchange, own: Own = ()) -> Transfer:
+        """Send each tensor's ``exchange.sends`` and receive into the transfer's buffers. tensors are (tokens, …), dense.
+
+        ``own``: (tokens of the tensors, tokens of the buffers) that this rank puts into its buffers itself.
+        """
 
 
 class PointToPoint(Transport):
@@ -72,12 +78,16 @@ class PointToPoint(Transport):
         self.name = name
         self._group = GroupRef(group)
 
-    def start(self, tensors: Sequence[Tensor], exchange: Exchange) -> Transfer:
+    def start(self, tensors: Sequence[Tensor], exchange: Exchange, own: Own = ()) -> Transfer:
         buffers = [x.new_empty(exchange.buffer_tokens, *x.shape[1:]) for x in tensors]
         group = self._group()
         operations = _operations(dist.irecv, buffers, exchange.receives, group)
         operations += _operations(dist.isend, tensors, exchange.sends, group)
-        return _PointToPointTransfer(exchange, buffers, operations, group)
+        transfer = _PointToPointTransfer(exchange, buffers, operations, group)
+        for (lo, hi), (start, stop) in own:
+            for x, buffer in zip(tensors, buffers, strict=True):
+                buffer[start:stop].copy_(x[lo:hi])
+        return transfer
 
 
 class _PointToPointTransfer(Transfer):
@@ -104,7 +114,9 @@ class _PointToPointTransfer(Transfer):
         self.buffers = []
 
 
-def _operations(operation: Callable[..., Any], tensors: Sequence[Tensor], messages: Sequence[Message], group: ProcessGroup) -> list[dist.P2POp]:
+def _operations(
+    operation: Callable[..., Any], tensors: Sequence[Tensor], messages: Sequence[Message], group: ProcessGroup
+) -> list[dist.P2POp]:
     numbers: dict[int, int] = {}
     operations = []
     for message in messages:

@@ -264,16 +264,19 @@ def body_bf16(group, device, *, causal) -> None:
         assert error <= 2 * max(one_rank[name], 2e-7), f"{name}: {error:.3g} over four ranks, {one_rank[name]:.3g} on one"
 
 
-@pytest.mark.parametrize("count", [1, 2, 5])
-def test_gradients_are_summed_in_fp32(count):
+@pytest.mark.parametrize("count", [1, 2, 5, 12])
+@pytest.mark.parametrize("folds", [True, False])
+def test_gradients_are_summed_in_fp32(count, folds):
     """Any number of bf16 contributions is rounded once, bit for bit the fp32 sum; in bf16, five would be rounded four times."""
     generator = torch.Generator().manual_seed(0)
     parts = [torch.randn(40, 2, 16, generator=generator).bfloat16() for _ in range(count)]
-    total = cp_module._GradientSum(parts[0], count)
-    total.add(parts[0].clone(), (((0, 40), (0, 40)),))
+    total = cp_module._GradientSum(parts[0], torch.float32)
+    total.add(parts[0].clone(), [((0, 40), (0, 40))])
     expected = parts[0].float()
     for part in parts[1:]:
-        total.add(part, (((5, 15), (0, 10)), ((20, 40), (10, 30))))
+        total.add(part, [((5, 15), (0, 10)), ((20, 40), (10, 30))])
+        if folds:
+            total.fold()
         expected[5:15] += part[:10].float()
         expected[20:40] += part[10:30].float()
     assert torch.equal(total.result(), expected.bfloat16())

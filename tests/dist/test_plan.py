@@ -147,7 +147,7 @@ def test_an_invalid_call_on_one_rank_raises_on_every_rank():
 def body_call_error(group, device) -> None:
     forget_agreements()
     plan = make_cp_plan(12, group=group)
-    own = "^q must have the plan's local_tokens, 6, as its first size, got"
+    own = "^q must have the plan's local_tokens, 6, as its tokens, got"
     other = "cp_attention_with_sink: cp rank 1 was given something invalid, .* ValueError: q must have the plan's local_tokens"
     rank = dist.get_rank(group)
     with pytest.raises(ValueError, match=own if rank else other):

@@ -45,9 +45,9 @@ class Recorder:
         return wrapped
 
     def start_noting(self):
-        def wrapped(this, tensors, exchange):
+        def wrapped(this, tensors, exchange, own=()):
             self.order.append("cast" if exchange.name.startswith("group_cast") else "reduce")
-            return self._start(this, tensors, exchange)
+            return self._start(this, tensors, exchange, own)
 
         return wrapped
 

@@ -1,0 +1,57 @@
+"""The sum of gradient contributions: the Triton kernel against its twin, rounding, and memory that is shared."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from magi_sink_cp.kernels.accumulate import MAX_TERMS, Term, accumulate, accumulate_torch, accumulate_triton
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def draw_terms(rows: int, spans, dtype, device):
+    """For each (start, stop): a tensor with some rows more than the term takes, at its end or its beginning."""
+    generator = torch.Generator().manual_seed(rows)
+    terms = []
+    for number, (start, stop) in enumerate(spans):
+        first = number % 3
+        tensor = torch.randn(first + stop - start + 1, 3, 20, generator=generator).to(device, dtype)
+        terms.append(Term(tensor, first, start, stop))
+    return terms
+
+
+@settings(max_examples=40, deadline=None)
+@given(data=st.data(), rows=st.integers(1, 200), dtype=st.sampled_from([torch.bfloat16, torch.float16, torch.float32]))
+def test_the_kernel_equals_its_twin_and_an_exact_sum(data, rows, dtype):
+    spans = data.draw(st.lists(st.tuples(st.integers(0, rows), st.integers(0, rows)).map(sorted), min_size=1, max_size=MAX_TERMS))
+    terms = draw_terms(rows, spans, dtype, DEVICE)
+    exact = torch.zeros(rows, 3, 20, dtype=torch.float64, device=DEVICE)
+    for term in terms:
+        exact[term.start : term.stop] += term.tensor[term.first : term.first + term.stop - term.start].double()
+    results = []
+    for function in (accumulate_torch, accumulate_triton):
+        out = torch.full((rows, 3, 20), float("nan"), dtype=dtype, device=DEVICE)
+        function(terms, out)
+        torch.testing.assert_close(out.double(), exact.to(dtype).double(), rtol=1e-6 if dtype == torch.float32 else 1e-2, atol=1e-5)
+        results.append(out)
+    assert torch.equal(*results), "both add in fp32 in the order of the terms and round once"
+
+
+@pytest.mark.parametrize("function", [accumulate_torch, accumulate_triton])
+def test_in_place(function):
+    terms = draw_terms(50, [(0, 50), (7, 30)], torch.bfloat16, DEVICE)
+    out = terms[0].tensor[:50]
+    expected = out.float()
+    expected[7:30] += terms[1].tensor[1:24].float()
+    function(terms, out)
+    assert torch.equal(out, expected.to(torch.bfloat16))
+
+
+def test_misuse():
+    out = torch.zeros(4, 2)
+    with pytest.raises(ValueError, match=f"accumulate takes 1 to {MAX_TERMS} terms, got 0"):
+        accumulate([], out)
+    accumulate([Term(torch.zeros(0, 2), 0, 0, 0)], torch.zeros(0, 2))  # nothing to do
