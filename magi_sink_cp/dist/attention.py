@@ -31,6 +31,8 @@ DSINK_REDUCTIONS = ("none", "sum", "avg")
 CHECKS = ("auto", "always")
 
 
+# torch.compile breaks the graph here and compiles what stands around: transfers have an order that no graph knows of.
+@torch.compiler.disable
 def cp_attention_with_sink(
     q: Tensor,
     k: Tensor,

@@ -11,6 +11,8 @@ zeroed, read and rounded once more, and the sum of two dq. Seconds beyond the co
     backward, n:       n · (STAGE + 16 bytes for each element of q / MEMORY) + Σ stages [2 · link(its keys) - what hides it]
                        + link(keys of the last stage)
 
+and in backward of degree 0 ONE_CALL_SLOWER of the computation, as FlashAttention-3 measures (docs/benchmarks.md).
+
 The figures are an H200's and NVLink's, or 400 Gb/s between hosts; they decide between plans whose results are the same, so on
 another machine only the order of things must be right. ``overlap_degree=n`` overrides the choice.
 """
@@ -28,6 +30,8 @@ STAGE_S = 20e-6
 # Bytes for each element of q that one more partial result costs, and FLOP for each visible pair, head and dimension.
 PARTIAL_BYTES = {"forward": 2, "backward": 16}
 PAIR_FLOPS = {"forward": 4, "backward": 10}
+# By how much computing a rank's rows over all keys at once takes longer than over own and remote keys in two calls.
+ONE_CALL_SLOWER = {"forward": 0.0, "backward": 0.025}
 # Keys of at most so many ranks stand in a buffer at once: what a rank holds does not grow with cp_size.
 MAX_SHARDS = 4
 
@@ -70,7 +74,8 @@ def cost_s(work: Work, cp_size: int, degree: int, link: str, way: str) -> float:
         return LATENCY_S + tokens * token_bytes / LINK[link]
 
     if degree == 0:
-        return trips * (link_s(work.remote_keys) + 2 * work.rows * token_bytes / MEMORY)
+        slower = ONE_CALL_SLOWER[way] * PAIR_FLOPS[way] * work.pairs * work.heads * work.head_dim / FLOPS
+        return trips * (link_s(work.remote_keys) + 2 * work.rows * token_bytes / MEMORY) + slower
     partial = STAGE_S + PARTIAL_BYTES[way] * work.rows * work.heads * work.head_dim / MEMORY
     hiding = PAIR_FLOPS[way] * work.pairs * work.heads * work.head_dim / FLOPS / (degree + 1)
     transfer = link_s(work.remote_keys / degree)

@@ -1,0 +1,120 @@
+"""The symm_mem transport's protocol on shared memory of CPU processes: the same code that runs on NVLink, with other streams."""
+
+from __future__ import annotations
+
+from unittest import mock
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from magi_sink_cp import cp_attention_with_sink, make_cp_plan
+from magi_sink_cp.dist import plan as plan_module
+from magi_sink_cp.dist.symmetric import SymmetricMemory
+from tests.dist.ranks import run_on_ranks
+from tests.dist.shared_memory import HostStreams
+from tests.dist.test_cp_attention import body_matches_reference, cp_results
+from tests.helpers import assert_close, make_case, truth
+
+
+def transport_of(group, shaky: bool = False) -> SymmetricMemory:
+    return SymmetricMemory(dist.get_rank(group), dist.get_world_size(group), HostStreams(group, shaky))
+
+
+def on(transport: SymmetricMemory):
+    """make_cp_plan chooses this transport."""
+    return mock.patch.object(plan_module, "_transport", return_value=transport)
+
+
+@pytest.mark.parametrize("num_ranks", [2, 3, 4])
+@pytest.mark.parametrize("overlap_degree", [0, 1, 3])
+@pytest.mark.parametrize("options", [{"causal": True}, {"causal": False}, {"causal": True, "window_size": (9, 0)}])
+def test_matches_reference(num_ranks, overlap_degree, options):
+    run_on_ranks(num_ranks, body_reference, overlap_degree=overlap_degree, options=options)
+
+
+def body_reference(group, device, *, overlap_degree, options) -> None:
+    with on(transport_of(group)):
+        for lengths in ([37], [5, 17, 1, 0, 23, 9], [3], [0]):
+            body_matches_reference(group, device, arguments={"overlap_degree": overlap_degree}, lengths=lengths, **options)
+
+
+@pytest.mark.parametrize("num_ranks", [2, 4])
+def test_one_arena_serves_plans_of_all_sizes_and_ranks_in_any_pace(num_ranks):
+    run_on_ranks(num_ranks, body_plans)
+
+
+def body_plans(group, device) -> None:
+    """Plans, masks and degrees in turns, with pauses at random: a part of the arena is reused only when it has been read."""
+    transport = transport_of(group, shaky=True)
+    largest = 0
+    with on(transport):
+        for turn, (length, degree) in enumerate([(20, 1), (90, 0), (20, 3), (90, 3), (33, 2), (90, 0), (20, 0)]):
+            case = make_case(
+                [length // 3, length - length // 3], [length // 3, length - length // 3], causal=turn % 3 != 0, seed=turn
+            )
+            for _ in range(2):
+                assert_close(cp_results(case, group, device, overlap_degree=degree), truth(case), 1e-5)
+            allocations = transport._streams.allocations
+            largest = max(largest, allocations)
+            if turn > 3:
+                assert allocations == largest, "the arena is not reused"
+    assert transport._streams.watched
+
+
+@pytest.mark.parametrize("num_ranks", [2, 3])
+def test_what_is_sent_equals_gloo_bit_for_bit(num_ranks):
+    run_on_ranks(num_ranks, body_bits)
+
+
+def body_bits(group, device) -> None:
+    case = make_case([50, 14], [50, 14], dtype=torch.bfloat16, causal=True)
+    for degree in (0, 1, 2):
+        plain = cp_results(case, group, device, overlap_degree=degree)
+        with on(transport_of(group)):
+            for _ in range(2):
+                for name, value in cp_results(case, group, device, overlap_degree=degree).items():
+                    assert torch.equal(value, plain[name]), name
+
+
+def test_misuse():
+    run_on_ranks(2, body_misuse)
+
+
+def body_misuse(group, device) -> None:
+    transport = transport_of(group)
+    with on(transport):
+        plan = make_cp_plan(32, group=group)
+        exchange = plan.schedule((-1, -1), 1).stages[1].cast
+        k = torch.randn(plan.local_tokens, 2, 8)
+        transfer = transport.start((k, k), exchange)
+        with pytest.raises(
+            RuntimeError, match=r"group_cast of stage 1 .*: its buffer is in use by a transfer that has not been rel"
+        ):
+            transport.start((k, k), exchange)
+        larger = torch.randn(plan.local_tokens, 20, 8)
+        with pytest.raises(RuntimeError, match="needs more symmetric memory was started while another one is in flight"):
+            transport.start((larger, larger), exchange)
+        transfer.wait()
+        with pytest.raises(RuntimeError, match=r"wait\(\) was called twice"):
+            transfer.wait()
+        transfer.release()
+
+
+def test_counters_wrap_around():
+    run_on_ranks(2, body_wrap)
+
+
+def body_wrap(group, device) -> None:
+    transport = transport_of(group)
+    with on(transport):
+        plan = make_cp_plan(24, group=group)
+        x = torch.randn(plan.local_tokens, 2, 8)
+        first = cp_attention_with_sink(x, x, x, plan=plan)
+        transport._count = 2**32 - 3
+        arena = transport._arena.buffer[: transport._flag_bytes].view(torch.int32)
+        dist.barrier(group)
+        arena.fill_(-4)
+        dist.barrier(group)
+        for _ in range(6):
+            assert torch.equal(cp_attention_with_sink(x, x, x, plan=plan), first)
