@@ -326,7 +326,7 @@ def _stages(k: Tensor, v: Tensor, stages: Sequence[Stage], call: _Call) -> Itera
 
 
 def _together(partials: Sequence[Partial], q: Tensor, out: Tensor) -> Partial:
-    """One partial of all rows from those that have written disjoint rows of ``out``."""
+    """One partial of all rows from those of disjoint rows, which are in ``out`` already where the kernel could write there."""
     if not partials:
         return nothing_seen(q, out)
     first = partials[0]
@@ -334,7 +334,10 @@ def _together(partials: Sequence[Partial], q: Tensor, out: Tensor) -> Partial:
         return first
     lse = first.lse.new_full((q.shape[1], q.shape[0]), float("-inf"))
     for partial in partials:
-        lse[:, partial.start : partial.start + partial.out.shape[0]] = partial.lse
+        rows = slice(partial.start, partial.start + partial.out.shape[0])
+        lse[:, rows] = partial.lse
+        if partial.out.data_ptr() != out[rows].data_ptr():
+            out[rows] = partial.out
     return Partial(out, lse)
 
 

@@ -56,6 +56,7 @@ class Arena(Protocol):
 class Streams(Protocol):
     """The stream-ordered operations that the protocol is made of; stands in for CUDA in tests without a GPU."""
 
+    def check(self) -> None: ...
     def allocate(self, num_bytes: int) -> Arena: ...
     def calling(self) -> int: ...
     def copying(self) -> int: ...
@@ -96,6 +97,7 @@ class SymmetricMemory(Transport):
 
     def start(self, tensors: Sequence[Tensor], exchange: Exchange, own: Own = ()) -> Transfer:
         route, streams = exchange.route, self._streams
+        streams.check()
         assert route is not None, "the plan adds routes for transports that need them"
         token_bytes = [x.element_size() * math.prod(x.shape[1:]) for x in tensors]
         part_bytes = [sum(_aligned(tokens * each) for each in token_bytes) for tokens in route.parts]
@@ -234,6 +236,12 @@ class _Cuda:
         self._device = torch.device("cuda", torch.cuda.current_device())
         # With priority, so that a ready copy does not queue behind kernels where the hardware shares queues.
         self._copying, self._copying_own = (torch.cuda.Stream(self._device, priority=-1) for _ in range(2))
+
+    def check(self) -> None:
+        if torch.cuda.is_current_stream_capturing():
+            raise RuntimeError(
+                "symm_mem counts its transfers and cannot be captured in a CUDA graph; make the plan with transport='nccl'"
+            )
 
     def allocate(self, num_bytes: int) -> Arena:
         size = -(-num_bytes // _GRANULE) * _GRANULE

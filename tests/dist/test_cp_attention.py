@@ -178,10 +178,10 @@ def test_random_cases(num_ranks, first_seed):
     run_on_ranks(num_ranks, body_random, seeds=range(1000 * num_ranks + first_seed, 1000 * num_ranks + first_seed + 50))
 
 
-def body_random(group, device, *, seeds, dtype=torch.float32, check=None, **fixed) -> None:
+def body_random(group, device, *, seeds, dtype=torch.float32, check=None, longest=30, **fixed) -> None:
     for seed in seeds:
         draw = random.Random(seed)
-        lengths = [draw.randint(0, 30) for _ in range(draw.randint(1, 6))]
+        lengths = [draw.randint(0, longest) for _ in range(draw.randint(1, 6))]
         heads_kv = draw.randint(1, 2)
         case = make_case(
             lengths,
@@ -194,7 +194,7 @@ def body_random(group, device, *, seeds, dtype=torch.float32, check=None, **fixe
             sink_scale=draw.choice([1.0, 1.0, 30.0]),
             with_dlse=draw.random() < 0.5,
             causal=draw.random() < 0.6,
-            window_size=(-1, -1) if draw.random() < 0.4 else (draw.randint(-1, 25), draw.randint(-1, 25)),
+            window_size=(-1, -1) if draw.random() < 0.4 else (draw.randint(-1, longest), draw.randint(-1, longest)),
             dtype=dtype,
             device=str(device),
             seed=seed,
