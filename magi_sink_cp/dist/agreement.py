@@ -29,6 +29,14 @@ class GroupRef:
         return group
 
 
+class Signature:
+    """What all ranks must give to one call of ``what``, by name, and a key by which one that was compared is known again."""
+
+    def __init__(self, what: str, content: Mapping[str, object]) -> None:
+        self.what, self.content = what, content
+        self.key = repr((what, content))
+
+
 def backend_for(group: ProcessGroup, device_type: str) -> str | None:
     """The backend by which the group moves tensors of a device type, or None: "nccl" for CUDA tensors, "gloo" for the CPU's."""
     configured = dict(entry.split(":") for entry in dist.get_backend_config(group).split(","))

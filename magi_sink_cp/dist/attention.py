@@ -6,8 +6,9 @@ Shapes on a rank: T local tokens, H query heads, H_kv key/value heads, D head_di
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -15,16 +16,26 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from magi_sink_cp.dist.agreement import backend_for
+from magi_sink_cp.dist.agreement import GroupRef, Signature, backend_for
 from magi_sink_cp.dist.layout import Range
 from magi_sink_cp.dist.plan import CPPlan
-from magi_sink_cp.dist.schedule import KernelCall, Schedule, Stage
+from magi_sink_cp.dist.schedule import CAUSAL, FULL, KernelCall, Schedule, Stage
 from magi_sink_cp.dist.transport import Transfer, Transport
 from magi_sink_cp.kernels.accumulate import MAX_TERMS, Term, accumulate
 from magi_sink_cp.kernels.dsink import sink_gradient
 from magi_sink_cp.kernels.inputs import check_qkv, check_sink, make_params
 from magi_sink_cp.kernels.merge import MAX_PARTIALS, merge
-from magi_sink_cp.kernels.protocol import AttentionParams, Backend, Call, Gradients, Partial, RowDelta, nothing_seen, stat_dtype
+from magi_sink_cp.kernels.protocol import (
+    AttentionParams,
+    Backend,
+    Call,
+    Gradients,
+    Partial,
+    RowDelta,
+    Varlen,
+    nothing_seen,
+    stat_dtype,
+)
 from magi_sink_cp.kernels.registry import check_backend_name, select_backend
 
 DSINK_REDUCTIONS = ("none", "sum", "avg")
@@ -92,14 +103,14 @@ def cp_attention_with_sink(
     try:
         if checks not in CHECKS:
             raise ValueError(f"checks must be one of {CHECKS}, got {checks!r}")
-        call = _check_call(
+        call = _known_call(
             q, k, v, sink, plan, sink_layout, softmax_scale, causal, window_size, softcap, deterministic, dsink_reduce,
             overlap_degree, grad_reduce_dtype, backend,
         )  # fmt: skip
     except Exception as error:
         plan.agree(error, "cp_attention_with_sink", always)
         raise
-    plan.agree(_signature(q, k, v, sink, call, sink_layout), "cp_attention_with_sink", always)
+    plan.agree(call.signature, call.signature.what, always)
     if q.dim() == 3:
         out, lse = _CPAttentionWithSink.apply(q, k, v, sink, call)
     else:
@@ -113,9 +124,13 @@ def cp_attention_with_sink(
 
 @dataclass(frozen=True)
 class _Call:
-    """Everything of a call that is not differentiated."""
+    """Everything of a call that is not differentiated; it does not hold the plan, which holds it."""
 
-    plan: CPPlan
+    group: GroupRef | None
+    cp_size: int
+    transport_or_none: Transport | None
+    local_tokens: int
+    real_tokens: int
     batch_size: int
     overlap_degrees: tuple[int, int]  # of forward and backward
     schedule: Schedule
@@ -124,18 +139,42 @@ class _Call:
     params: AttentionParams
     dsink_reduce: str
     grad_reduce_dtype: torch.dtype
+    signature: Signature
+    requests: dict[int, Call] = field(default_factory=dict)  # of each kernel call, by its id
 
     @property
     def transport(self) -> Transport:
         """How keys travel; only a schedule with travelling stages asks."""
-        assert self.plan.transport is not None, "a plan with remote stages has a transport"
-        return self.plan.transport
+        assert self.transport_or_none is not None, "a plan with remote stages has a transport"
+        return self.transport_or_none
 
     def padding(self, device: torch.device) -> Tensor:
         """bool (T,): the rows that are no token of the sequence."""
-        return (torch.arange(self.batch_size * self.plan.local_tokens, device=device) % max(1, self.plan.local_tokens)) >= (
-            self.plan.real_tokens
+        rows = torch.arange(self.batch_size * self.local_tokens, device=device)
+        return rows % max(1, self.local_tokens) >= self.real_tokens
+
+
+def _known_call(q: Tensor, k: Tensor, v: Tensor, sink: Tensor | None, plan: CPPlan, *options: Any) -> _Call:
+    """The checked call, found again where one like it was checked before: layers and steps repeat, and checks take time."""
+    tensors = (q, k, v) if sink is None else (q, k, v, sink)
+    try:
+        key = (
+            *((type(x), x.shape, x.dtype, x.device, x.requires_grad) for x in tensors),
+            torch.is_grad_enabled(),
+            *(tuple(option) if isinstance(option, list) else option for option in options),
         )
+        call = plan.calls.get(key)
+    except (AttributeError, TypeError):  # something that is no tensor, or cannot be looked up
+        return _check_call(q, k, v, sink, plan, *options)
+    if call is None:
+        call = _check_call(q, k, v, sink, plan, *options)
+        if len(plan.calls) >= _MOST_CALLS:
+            plan.calls.clear()
+        plan.calls[key] = call
+    return call
+
+
+_MOST_CALLS = 256
 
 
 def _check_call(
@@ -186,34 +225,37 @@ def _check_call(
     if plan.group is not None and backend_for(plan.group, q.device.type) is None:
         config = dist.get_backend_config(plan.group)
         raise ValueError(f"q, k and v must be on a device that the plan's group ({config}) can send from, got {q.device}")
-    return _Call(
-        plan=plan,
-        batch_size=batch_size,
-        overlap_degrees=degrees,
-        schedule=plan.schedule(params.window_size, degrees[0], batch_size),
-        backward_schedule=plan.schedule(params.window_size, degrees[1], batch_size),
-        backend=select_backend(backend, q, Call(params)),
-        params=params,
-        dsink_reduce=dsink_reduce,
-        grad_reduce_dtype=grad_reduce_dtype or exact,
-    )
-
-
-def _signature(q: Tensor, k: Tensor, v: Tensor, sink: Tensor | None, call: _Call, sink_layout: str) -> dict[str, object]:
-    """What the ranks must agree on. Token counts are the plan's, which its ranks have compared already."""
-    return {
-        "batch, heads, heads_kv, head_dim": [call.batch_size, q.shape[-2], k.shape[-2], q.shape[-1]],
+    chosen = select_backend(backend, q, Call(params))
+    # Token counts are the plan's, which its ranks have compared already.
+    signature: dict[str, object] = {
+        "batch, heads, heads_kv, head_dim": [batch_size, q.shape[-2], k.shape[-2], q.shape[-1]],
         "dtype": str(q.dtype),
         "device type": q.device.type,
         "sink (s_sink, dtype)": None if sink is None else [sink.shape[-2], str(sink.dtype)],
         "sink_layout": sink_layout,
-        "mask and scores": repr(call.params),
-        "dsink_reduce": call.dsink_reduce,
-        "overlap_degree (forward, backward)": call.overlap_degrees,
-        "grad_reduce_dtype": str(call.grad_reduce_dtype),
-        "backend": call.backend.name,
+        "mask and scores": repr(params),
+        "dsink_reduce": dsink_reduce,
+        "overlap_degree (forward, backward)": degrees,
+        "grad_reduce_dtype": str(grad_reduce_dtype or exact),
+        "backend": chosen.name,
         "requires_grad of q, k, v, sink": [torch.is_grad_enabled() and x is not None and x.requires_grad for x in (q, k, v, sink)],
     }
+    return _Call(
+        group=plan.group_ref,
+        cp_size=plan.cp_size,
+        transport_or_none=plan.transport,
+        local_tokens=plan.local_tokens,
+        real_tokens=plan.real_tokens,
+        batch_size=batch_size,
+        overlap_degrees=degrees,
+        schedule=plan.schedule(params.window_size, degrees[0], batch_size),
+        backward_schedule=plan.schedule(params.window_size, degrees[1], batch_size),
+        backend=chosen,
+        params=params,
+        dsink_reduce=dsink_reduce,
+        grad_reduce_dtype=grad_reduce_dtype or exact,
+        signature=Signature("cp_attention_with_sink", signature),
+    )
 
 
 class _CPAttentionWithSink(torch.autograd.Function):
@@ -247,7 +289,7 @@ class _CPAttentionWithSink(torch.autograd.Function):
                 partials.append(partial)
         out, lse = merge(partials or [_together(own, q, out)], sink, out=out)
         ctx.save_for_backward(q, k, v, sink, out, lse)
-        if call.plan.pad_tokens:  # the padding's lse, the sink alone, must not reach a loss on lse
+        if call.real_tokens < call.local_tokens:  # the padding's lse, the sink alone, must not reach a loss on lse
             lse = lse.masked_fill(call.padding(q.device), 0.0)
         ctx.call = call
         ctx.set_materialize_grads(False)
@@ -265,7 +307,8 @@ class _CPAttentionWithSink(torch.autograd.Function):
         # Where dsink is complete; on every rank at the same stage, because collectives of a group are matched by their order.
         all_rows_seen = stages[0 if call.overlap_degrees[1] > 0 else -1]
         # Rows that no call has are padding.
-        own_dq = (torch.zeros_like if call.plan.pad_tokens else torch.empty_like)(q, memory_format=torch.contiguous_format)
+        padded = call.real_tokens < call.local_tokens
+        own_dq = (torch.zeros_like if padded else torch.empty_like)(q, memory_format=torch.contiguous_format)
         dq = _GradientSum(q, stat_dtype(q.dtype))
         dk, dv = (_GradientSum(x, call.grad_reduce_dtype) for x in (k, v))
         dq.add(own_dq, [((0, q.shape[0]), (0, q.shape[0]))])
@@ -382,7 +425,24 @@ def _backward_kernel(
 
 def _request(kernel: KernelCall, call: _Call, device: torch.device) -> Call:
     """The call's params with the mask of one kernel call."""
-    return Call(dataclasses.replace(call.params, window_size=kernel.window_size), call.plan.varlen(kernel, device))
+    request = call.requests.get(id(kernel))  # the schedules keep their kernel calls
+    if request is None:
+        params = dataclasses.replace(call.params, window_size=kernel.window_size)
+        request = call.requests[id(kernel)] = Call(params, _varlen(kernel, device))
+    return request
+
+
+def _varlen(kernel: KernelCall, device: torch.device) -> Varlen | None:
+    """The call's offsets on ``device``; None for a single document, which runs as a dense batch of one.
+
+    Windows always run packed: FlashAttention-2 gets some dense ones wrong (kernels/flash.py).
+    """
+    if len(kernel.cu_seqlens_q) == 2 and kernel.window_size in (FULL, CAUSAL):
+        return None
+    both_offsets = kernel.cu_seqlens_q, kernel.cu_seqlens_k
+    max_q, max_k = (max(hi - lo for lo, hi in itertools.pairwise(offsets)) for offsets in both_offsets)
+    both = torch.tensor(both_offsets, dtype=torch.int32).to(device)
+    return Varlen(both[0].contiguous(), both[1].contiguous(), max_q, max_k)
 
 
 class _GradientSum:
@@ -446,15 +506,15 @@ class _SinkGradient:
         if self._dsink is None:  # no row at all
             self._dsink = torch.zeros_like(self._sink, dtype=self._lse.dtype if self._sink.dim() == 2 else None)
         self._dsink = self._dsink.contiguous()  # of one memory layout on every rank, as reductions go by memory
-        plan = self._call.plan
-        if self._call.dsink_reduce != "none" and plan.group is not None and plan.cp_size > 1:
-            self._work = dist.all_reduce(self._dsink, group=plan.group, async_op=True)
+        call = self._call
+        if call.dsink_reduce != "none" and call.group is not None and call.cp_size > 1:
+            self._work = dist.all_reduce(self._dsink, group=call.group(), async_op=True)
 
     def wait(self) -> Tensor:
         assert self._dsink is not None, "reduce() comes first"
         if self._work is not None:
             self._work.wait()
-        total = self._dsink / self._call.plan.cp_size if self._call.dsink_reduce == "avg" else self._dsink
+        total = self._dsink / self._call.cp_size if self._call.dsink_reduce == "avg" else self._dsink
         return total.to(self._sink.dtype)
 
 

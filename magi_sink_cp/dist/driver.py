@@ -1,4 +1,6 @@
-"""The four stream operations of the CUDA driver that PyTorch does not offer, through ctypes: none of them uses an SM.
+"""Stream operations of the CUDA driver through ctypes: copies, flags and events, none of which uses an SM.
+
+PyTorch offers no flags, and its events and copies take the host several times as long, for which a short sequence would wait.
 
 Flags are 32-bit words; waiting is for ``(int32)(flag - value) >= 0``, so that counters may wrap around.
 """
@@ -13,6 +15,7 @@ import torch
 from magi_sink_cp.kernels.flash import NotUsableError
 
 _WAIT_UNTIL_GEQ = 0
+_DISABLE_TIMING = 2
 _DEFAULT = 0  # of a write: everything before it in the stream is visible to whoever sees it, on any device
 
 
@@ -43,6 +46,30 @@ def wait_flag(address: int, value: int, stream: int) -> None:
         ),
         "cuStreamWaitValue32",
     )
+
+
+class Event:
+    """A point in a stream that other streams can wait for; its handle is used again when nobody holds it any more."""
+
+    def __init__(self, stream: int) -> None:
+        self._event = _free_events.pop() if _free_events else _new_event()
+        _check(_driver().cuEventRecord(self._event, _handle(stream)), "cuEventRecord")
+
+    def hold(self, stream: int) -> None:
+        """Hold the stream until the point is reached."""
+        _check(_driver().cuStreamWaitEvent(_handle(stream), self._event, 0), "cuStreamWaitEvent")
+
+    def __del__(self) -> None:
+        _free_events.append(self._event)
+
+
+_free_events: list[ctypes.c_void_p] = []
+
+
+def _new_event() -> ctypes.c_void_p:
+    event = ctypes.c_void_p()
+    _check(_driver().cuEventCreate(ctypes.byref(event), _DISABLE_TIMING), "cuEventCreate")
+    return event
 
 
 def check_available() -> None:

@@ -6,7 +6,7 @@ import hashlib
 import itertools
 import logging
 import weakref
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,13 +17,10 @@ from torch.autograd.function import once_differentiable
 from torch.distributed import ProcessGroup
 from torch.distributed.device_mesh import DeviceMesh
 
-from magi_sink_cp.dist.agreement import GroupRef, agree, backend_for, group_device
+from magi_sink_cp.dist.agreement import GroupRef, Signature, agree, backend_for, group_device
 from magi_sink_cp.dist.layout import LAYOUTS, Range, RankRanges, num_tokens, union
 from magi_sink_cp.dist.overlap import Work, choose_overlap_degrees
 from magi_sink_cp.dist.schedule import (
-    CAUSAL,
-    FULL,
-    KernelCall,
     Schedule,
     Window,
     add_routes,
@@ -34,7 +31,6 @@ from magi_sink_cp.dist.schedule import (
 from magi_sink_cp.dist.symmetric import SymmetricMemory, connect
 from magi_sink_cp.dist.transport import PointToPoint, Transport
 from magi_sink_cp.kernels.inputs import check_offsets, read_cu_seqlens
-from magi_sink_cp.kernels.protocol import Varlen
 
 _UNSHARD = "CPPlan.unshard (or shard's backward)"
 
@@ -128,7 +124,7 @@ class CPPlan:
         transport: Transport | None,
     ) -> None:
         self.total_tokens = total_tokens
-        self._group = None if group is None else GroupRef(group)
+        self.group_ref = None if group is None else GroupRef(group)
         self.rank = 0 if group is None else dist.get_rank(group)
         self.cp_size = 1 if group is None else dist.get_world_size(group)
         self.layout: tuple[RankRanges, ...] = LAYOUTS[layout](total_tokens, self.cp_size, documents)
@@ -144,9 +140,10 @@ class CPPlan:
         self.token_mask = real.to(device)
         self.real_tokens = int(real.sum())
         self._digest = _sha256((total_tokens, layout, documents))
+        # Calls that have been checked (attention.py), by what was checked.
+        self.calls: dict[tuple[object, ...], Any] = {}
         self._schedules: dict[tuple[Window, int, int], Schedule] = {}
         self._degrees: dict[tuple[object, ...], tuple[int, int]] = {}
-        self._varlens: dict[tuple[int, torch.device], Varlen | None] = {}
 
     @property
     def group(self) -> ProcessGroup | None:
@@ -155,7 +152,7 @@ class CPPlan:
         Raises:
             RuntimeError: it has been destroyed since the plan was made.
         """
-        return None if self._group is None else self._group()
+        return None if self.group_ref is None else self.group_ref()
 
     def __repr__(self) -> str:
         return (
@@ -234,35 +231,25 @@ class CPPlan:
             self._degrees[key] = choose_overlap_degrees(work, self.cp_size, "nvlink" if on_one_host else "network")
         return self._degrees[key]
 
-    def varlen(self, call: KernelCall, device: torch.device) -> Varlen | None:
-        """The call's offsets on ``device``, made once; None for a single document, which runs as a dense batch of one.
-
-        Windows always run packed: FlashAttention-2 gets some dense ones wrong (kernels/flash.py).
-        """
-        key = (id(call), device)  # the plan keeps its schedules and so their calls
-        if key not in self._varlens:
-            is_dense = len(call.cu_seqlens_q) == 2 and call.window_size in (FULL, CAUSAL)
-            self._varlens[key] = None if is_dense else _varlen(call, device)
-        return self._varlens[key]
-
-    def agree(self, signature: Mapping[str, object] | Exception, what: str, always: bool = False) -> None:
+    def agree(self, signature: Signature | Exception, what: str, always: bool = False) -> None:
         """Compare a call's signature over the ranks: every time, or on GPUs, unless ``always``, the first time.
 
         On GPUs an exception is exchanged only while the group has agreed on nothing yet: after that the others may be past this.
         """
-        if self.group is None:
+        group = self.group
+        if group is None:
             if isinstance(signature, Exception):
                 raise signature
             return
-        seen = _agreed.setdefault(self.group, set())
-        every_time = always or group_device(self.group).type == "cpu"
+        seen = _agreed.setdefault(group, set())
+        every_time = always or group_device(group).type == "cpu"
         if isinstance(signature, Exception):
             if seen and not every_time:
                 raise signature
-            agree(signature, self.group, what)
-        elif every_time or repr((what, signature)) not in seen:
-            agree({**signature, "plan (sha256)": self._digest}, self.group, what)
-            seen.add(repr((what, signature)))
+            agree(signature, group, what)
+        elif every_time or signature.key not in seen:
+            agree({**signature.content, "plan (sha256)": self._digest}, group, what)
+            seen.add(signature.key)
 
     def _check_size(self, x: Tensor, dim: int, size: int, what: str) -> None:
         if not isinstance(x, Tensor):
@@ -275,12 +262,6 @@ class CPPlan:
 
 def _sha256(value: object) -> str:
     return hashlib.sha256(repr(value).encode()).hexdigest()[:16]
-
-
-def _varlen(call: KernelCall, device: torch.device) -> Varlen:
-    max_q, max_k = (max(hi - lo for lo, hi in itertools.pairwise(cu)) for cu in (call.cu_seqlens_q, call.cu_seqlens_k))
-    both = torch.tensor([call.cu_seqlens_q, call.cu_seqlens_k], dtype=torch.int32).to(device)
-    return Varlen(both[0].contiguous(), both[1].contiguous(), max_q, max_k)
 
 
 @dataclass(frozen=True)
@@ -307,7 +288,8 @@ class _Along:
         local = x.movedim(self.dim, 0).contiguous()
         gathered = local
         if plan.group is not None:
-            plan.agree({"dim": self.dim, "shape": str(tuple(x.shape)), "dtype": str(x.dtype)}, _UNSHARD)
+            others = [size for dim, size in enumerate(x.shape) if dim != self.dim % x.dim()]
+            plan.agree(Signature(_UNSHARD, {"dim": self.dim, "shape but for dim": others, "dtype": str(x.dtype)}), _UNSHARD)
             gathered = local.new_empty(plan.cp_size * plan.local_tokens, *local.shape[1:])
             if local.numel():  # as bytes, because gloo does not gather every dtype
                 parts = gathered.view(plan.cp_size, -1).view(torch.uint8)

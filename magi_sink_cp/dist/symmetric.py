@@ -235,7 +235,8 @@ class _Cuda:
         self._group = GroupRef(group)
         self._device = torch.device("cuda", torch.cuda.current_device())
         # With priority, so that a ready copy does not queue behind kernels where the hardware shares queues.
-        self._copying, self._copying_own = (torch.cuda.Stream(self._device, priority=-1) for _ in range(2))
+        self._streams = [torch.cuda.Stream(self._device, priority=-1) for _ in range(2)]
+        self._copying, self._copying_own = (stream.cuda_stream for stream in self._streams)
 
     def check(self) -> None:
         if torch.cuda.is_current_stream_capturing():
@@ -259,22 +260,21 @@ class _Cuda:
         torch.cuda.synchronize(self._device)
 
     def calling(self) -> int:
-        return torch.cuda.current_stream(self._device).cuda_stream
+        handle: int = torch._C._cuda_getCurrentRawStream(self._device.index)
+        return handle
 
     def copying(self) -> int:
-        return self._copying.cuda_stream
+        return self._copying
 
     def copying_own(self) -> int:
-        return self._copying_own.cuda_stream
+        return self._copying_own
 
     def record(self, stream: int) -> object:
-        event = torch.cuda.Event()
-        event.record(self._stream(stream))
-        return event
+        return driver.Event(stream)
 
     def wait(self, stream: int, event: object) -> None:
-        assert isinstance(event, torch.cuda.Event)
-        event.wait(self._stream(stream))
+        assert isinstance(event, driver.Event)
+        event.hold(stream)
 
     def copy(self, target: int, source: int, num_bytes: int, stream: int) -> None:
         driver.copy(target, source, num_bytes, stream)
@@ -287,12 +287,6 @@ class _Cuda:
 
     def watch(self, exchange: Exchange) -> None:
         watch(exchange, self._group())
-
-    def _stream(self, stream: int) -> torch.cuda.Stream:
-        for known in (self._copying, self._copying_own):
-            if stream == known.cuda_stream:
-                return known
-        return torch.cuda.current_stream(self._device)
 
 
 @contextlib.contextmanager

@@ -61,11 +61,13 @@ def accumulate_triton(terms: Sequence[Term], out: Tensor) -> None:
     shifts = tuple(term.first - term.start for term in terms)
     blocks = -(-columns // block_columns)
     sizes = (rows, columns, out.stride(0), blocks, len(terms), block_rows, block_columns)
-    kind = (out.device.index, strides, starts, stops, shifts, sizes[1:], rows < 2**31, *map(pointer, tensors), pointer(out))
+    narrow = max(rows, *(term.first + term.stop for term in terms)) < 2**31
+    kind = (out.device.index, strides, sizes[1:], narrow, *map(pointer, tensors), pointer(out))
     _launch(-(-rows // block_rows) * blocks, kind, (tensors, strides, starts, stops, shifts, out, *sizes))
 
 
-@triton.jit(do_not_specialize=["num_rows"])
+# New document lengths must not compile the kernel again.
+@triton.jit(do_not_specialize=["num_rows", "starts", "stops", "shifts"])
 def _accumulate_kernel(  # type: ignore[no-untyped-def]
     tensors,  # per term (its rows, columns)
     strides,

@@ -121,7 +121,7 @@ def merge_triton(
     tensors = (out, lse, sink, cu_seqlens_q)
     own = (sink, cu_seqlens_q) if out is first.out and lse is first.lse else tensors
     pointers = *map(pointer, outs), *map(pointer, lses), *map(pointer, own)
-    kind = out.device.index, head_dim, heads, rows < 2**31, starts, stops, strides, own_strides, len(own), pointers
+    kind = out.device.index, head_dim, heads, rows < 2**31, strides, own_strides, len(own), pointers
     sizes = rows, heads, num_sinks, documents, len(partials), head_dim, block_dim, block_rows
     programs = heads * -(-rows // block_rows) * batch
     _launch_merge(programs, kind, (outs, lses, starts, stops, *strides, *tensors, *own_strides, *sizes))
@@ -147,8 +147,8 @@ def sink_strides(sink: Tensor | None) -> tuple[int, int, int, int]:
     return (strides[0] if len(strides) == 4 else 0, strides[-3] if len(strides) > 2 else 0, strides[-2], strides[-1])
 
 
-# A new token or sink count must not compile the kernel again.
-@triton.jit(do_not_specialize=["num_rows", "num_sinks", "num_documents"])
+# A new token, sink or document count must not compile the kernel again.
+@triton.jit(do_not_specialize=["num_rows", "num_sinks", "num_documents", "starts", "stops"])
 def _merge_kernel(  # type: ignore[no-untyped-def]
     outs,  # per partial (B, rows, H, D), any float dtype
     lses,  # per partial (B, H, rows), fp32
