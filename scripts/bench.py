@@ -9,7 +9,8 @@
 the drop-in functions beside the same kernels without a sink; peak memory, first call, and where the time goes. ``host``: what a
 call costs the host.
 ``dist``: cp_attention_with_sink beside one GPU's FlashAttention-3 without a sink on the whole sequence, divided by the number of
-ranks.
+ranks, and beside ring-flash-attn's zigzag where it is installed; windows, packed documents, time that compute waits, memory
+(bench_dist.py).
 
 What is compared runs in turns in one process, in both orders, after warm-up; a row holds the median and the 20% and 80% quantiles
 of all rounds. An overhead is the median of the differences within a round, so that clocks that change over time cancel.
@@ -33,11 +34,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 import magi_sink_cp
-from magi_sink_cp import attention_with_sink, cp_attention_with_sink, make_cp_plan
+from magi_sink_cp import attention_with_sink
 from magi_sink_cp.kernels.inputs import make_params
 from magi_sink_cp.kernels.protocol import Backend, Call, Partial, Varlen
 from magi_sink_cp.kernels.registry import select_backend
@@ -48,7 +48,6 @@ Work = dict[str, Callable[[], Any]]
 HEADS, HEADS_KV = 64, 8
 KERNEL_SHAPES = ((4, 2048), (2, 4096), (1, 8192), (1, 16384), (1, 32768))  # (batch, tokens)
 FUNCTION_SHAPES = ((8, 1024), (4, 2048), (2, 4096), (1, 8192), (1, 16384), (1, 32768))
-DIST_TOKENS = (8192, 16384, 32768, 65536, 131072)
 
 
 def main() -> int:
@@ -83,8 +82,8 @@ class PlainAttention(torch.autograd.Function):
     """The backend's own forward and backward and nothing else: what flash_attn_func does."""
 
     @staticmethod
-    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, backend: Backend, varlen: Varlen | None = None) -> Tensor:
-        ctx.backend, ctx.call = backend, Call(causal_call(q).params, varlen)
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, backend: Backend, call: Call) -> Tensor:
+        ctx.backend, ctx.call = backend, call
         partial = backend.forward(q, k, v, ctx.call)
         ctx.save_for_backward(q, k, v, partial.out, partial.lse)
         return partial.out
@@ -107,7 +106,7 @@ def kernel_rows(args: argparse.Namespace, head_dim: int, batch: int, tokens: int
     backend = chosen_backend(args, q)
     leaves = {"plain": (q, k, v), "sink": (q, k, v, sink)}
     forward: Work = {
-        "plain": lambda: PlainAttention.apply(q, k, v, backend),
+        "plain": lambda: PlainAttention.apply(q, k, v, backend, causal_call(q)),
         "sink": lambda: attention_with_sink(q, k, v, sink, causal=True, backend=args.backend),
     }
     graphs = {name: function() for name, function in forward.items()}
@@ -178,6 +177,7 @@ def function_groups(head_dim: int, batch: int, tokens: int) -> dict[str, Work]:
     kv = torch.stack([x.detach() for x in (k, v)], dim=2).requires_grad_()
     cu_seqlens = torch.arange(batch + 1, dtype=torch.int32, device="cuda") * tokens
     varlen = Varlen(cu_seqlens, cu_seqlens, tokens, tokens)
+    packed = Call(causal_call(q).params, varlen)
     lengths = (cu_seqlens, cu_seqlens, tokens, tokens)
     call = causal_call(q)
 
@@ -185,7 +185,7 @@ def function_groups(head_dim: int, batch: int, tokens: int) -> dict[str, Work]:
         return lambda: torch.autograd.grad(function(*arguments, **options), leaves, gradient)
 
     def plain(name: str) -> dict[str, Callable[[], Any]]:
-        return {"plain": step(PlainAttention.apply, (q, k, v), dout, q, k, v, select_backend(name, q, call))}
+        return {"plain": step(PlainAttention.apply, (q, k, v), dout, q, k, v, select_backend(name, q, call), call)}
 
     available = {info.name for info in magi_sink_cp.backends() if info.available}
     groups: dict[str, Work] = {}
@@ -199,7 +199,7 @@ def function_groups(head_dim: int, batch: int, tokens: int) -> dict[str, Work]:
             ),
         }
         groups["fa3 varlen"] = {
-            "plain": step(PlainAttention.apply, flat, packed_dout, *flat, fa3, varlen),
+            "plain": step(PlainAttention.apply, flat, packed_dout, *flat, fa3, packed),
             "fa3_varlen_func_with_sink": step(
                 magi_sink_cp.fa3_varlen_func_with_sink, (*flat, sink), packed_dout, *flat, *lengths, sink, causal=True
             ),
@@ -226,7 +226,7 @@ def function_groups(head_dim: int, batch: int, tokens: int) -> dict[str, Work]:
         ),
     }
     groups["fa2 varlen"] = {
-        "plain": step(PlainAttention.apply, flat, packed_dout, *flat, fa2, varlen),
+        "plain": step(PlainAttention.apply, flat, packed_dout, *flat, fa2, packed),
         "fa2_varlen_func_with_sink": step(
             magi_sink_cp.fa2_varlen_func_with_sink, (*flat, sink), packed_dout, *flat, *lengths, sink, causal=True
         ),
@@ -240,7 +240,7 @@ def bench_host(args: argparse.Namespace) -> Iterator[list[Row]]:
     q, k, v, _, sink = draw((8, 256), 128)
     call = causal_call(q)
     work: Work = {
-        "operator in an autograd function": lambda: PlainAttention.apply(q, k, v, select_backend("fa3", q, call)),
+        "operator in an autograd function": lambda: PlainAttention.apply(q, k, v, select_backend("fa3", q, call), call),
         "fa3_func_with_sink": lambda: magi_sink_cp.fa3_func_with_sink(q, k, v, sink, causal=True),
         "fa3_func_with_sink, sink=None": lambda: magi_sink_cp.fa3_func_with_sink(q, k, v, causal=True),
     }
@@ -342,51 +342,9 @@ def first_call_rows() -> list[Row]:
 
 
 def bench_dist(args: argparse.Namespace) -> Iterator[list[Row]]:
-    torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-    dist.init_process_group("nccl")
-    for tokens in DIST_TOKENS:
-        rows = dist_rows(args, tokens, head_dim=128)
-        if dist.get_rank() == 0:
-            yield rows
-    dist.destroy_process_group()
+    import bench_dist as across_ranks  # beside this file
 
-
-def dist_rows(args: argparse.Namespace, tokens: int, head_dim: int) -> list[Row]:
-    ranks = dist.get_world_size()
-    plan = make_cp_plan(tokens, group=dist.group.WORLD)
-    whole_q, whole_k, whole_v, whole_dout, _ = draw((1, tokens), head_dim)
-    q, k, v, dout, sink = draw((plan.local_tokens,), head_dim)
-    backend = chosen_backend(args, q)
-
-    def plain() -> Tensor:
-        return PlainAttention.apply(whole_q, whole_k, whole_v, backend)
-
-    def cp() -> Any:
-        return cp_attention_with_sink(q, k, v, sink, plan=plan, backend=args.backend)
-
-    phases: dict[str, Work] = {
-        "forward": {"plain": torch.no_grad()(plain), "cp": torch.no_grad()(cp)},
-        "forward+backward": {
-            "plain": lambda: torch.autograd.grad(plain(), (whole_q, whole_k, whole_v), whole_dout),
-            "cp": lambda: torch.autograd.grad(cp(), (q, k, v, sink), dout),
-        },
-    }
-    token = torch.zeros(1, device="cuda")
-    shape = {"batch": 1, "tokens": tokens, "heads": HEADS, "heads_kv": HEADS_KV, "head_dim": head_dim, "ranks": ranks}
-    rows: list[Row] = []
-    for phase, work in phases.items():
-        times = measure(work, rounds_for(args, tokens * tokens), before_each=lambda: dist.all_reduce(token))
-        slowest = torch.tensor(list(times.values()), device="cuda")  # a step ends when the last rank does
-        dist.all_reduce(slowest, op=dist.ReduceOp.MAX)
-        times = dict(zip(times, slowest.tolist(), strict=True))
-        rows += [{**shape, "measured": f"{phase} {name}", **summary(values)} for name, values in times.items()]
-        ideal, ours = statistics.median(times["plain"]) / ranks, statistics.median(times["cp"])
-        percent = 100 * ideal / ours
-        rows.append({**shape, "measured": f"{phase} efficiency", "percent_of_plain": percent})
-        if dist.get_rank() == 0:
-            figures = f"one GPU ÷ {ranks} {ideal / 1e3:8.3f} ms, ours {ours / 1e3:8.3f} ms = {percent:5.1f}%"
-            print(f"{tokens:6d} tokens {phase:16s} {figures}", flush=True)
-    return rows
+    yield from across_ranks.run(args)
 
 
 # --- Measuring and writing ------------------------------------------------------------------------------------------------------

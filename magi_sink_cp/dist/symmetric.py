@@ -95,6 +95,11 @@ class SymmetricMemory(Transport):
         self._parts: list[_Part] = []
         self._views: dict[tuple[object, ...], Tensor] = {}
 
+    @property
+    def num_bytes(self) -> int:
+        """Size of this rank's arena, which torch.cuda's memory statistics do not count."""
+        return self._arena.buffer.numel()
+
     def start(self, tensors: Sequence[Tensor], exchange: Exchange, own: Own = ()) -> Transfer:
         route, streams = exchange.route, self._streams
         streams.check()

@@ -1,0 +1,301 @@
+"""``bench.py dist``: what context parallelism costs over one GPU's work divided by the number of ranks.
+
+100% is FlashAttention-3 without a sink over the whole sequence on one GPU, measured in the same rounds, divided by the ranks. Times
+are those of the slowest rank of each round.
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import importlib
+import importlib.util
+import itertools
+import math
+import os
+import random
+import statistics
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from bench import HEADS, HEADS_KV, PlainAttention, Row, Work, chosen_backend, draw, kernel_kind, measure, summary
+from torch import Tensor
+from torch._C._autograd import DeviceType
+
+from magi_sink_cp import CPPlan, cp_attention_with_sink, make_cp_plan
+from magi_sink_cp.dist.layout import LAYOUTS, causal_pairs
+from magi_sink_cp.kernels.inputs import make_params
+from magi_sink_cp.kernels.protocol import Call, Varlen
+
+# What is timed, its leaves, and the gradient of its result.
+Variant = tuple[Callable[[], Any], tuple[Tensor, ...], Tensor]
+
+TOKENS = (8192, 16384, 32768, 65536, 131072)
+EXPOSED_  # What is timed, its leaves, and the gradient of its result.
+Variant = tuple[Callable[[], Any], tuple[Tensor, ...], Tensor]
+
+TOKENS = (8192, 16384, 32768, 65536)
+TRACED_TOKENS = 32768
+
+# Lengths of 13.5 million documents: (longest of the bin, documents), from MagiAttention v1.1.1's
+# exps/dist_attn/benchmark/datasets/default/doc_length_distribution.csv, whose rule is followed too: none is longer than a quarter
+# of the batch.
+DOCUMENT_LENGTHS = (
+    (10, 30254), (50, 391188), (100, 699596), (200, 1377757), (500, 3794735), (1024, 3316785), (2048, 2106566), (4096, 988525),
+    (8192, 410002), (16384, 173574), (32768, 115007), (65536, 18428), (131072, 22513), (196608, 18284),
+)  # fmt: skip
+
+
+def run(args: argparse.Namespace) -> Iterator[list[Row]]:
+    """Every part's rows, on rank 0."""
+    torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    dist.init_process_group("nccl", device_id=torch.device("cuda", torch.cuda.current_device()))
+    parts: list[Callable[[], list[Row]]] = [
+        *(lambda tokens=tokens: causal_rows(args, tokens) for tokens in TOKENS),
+        lambda: window_rows(args),
+        lambda: packed_rows(args),
+        *(lambda tokens=tokens: exposed_rows(args, tokens) for tokens in EXPOSED_TOKENS),
+        *(lambda tokens=tokens: memory_rows(args, tokens) for tokens in TOKENS),
+        lambda: balance_rows(),
+    ]
+    for part in parts:
+        rows = part()
+        torch.cuda.empty_cache()
+        if dist.get_rank() == 0:
+            for row in rows:
+                if text := describe(row):
+                    print(text, flush=True)
+            yield rows
+    dist.destroy_process_group()
+
+
+def causal_rows(args: argparse.Namespace, tokens: int) -> list[Row]:
+    """One causal document: ours on either transport, and zigzag ring attention if ring_flash_attn is installed."""
+    plans = {name: make_cp_plan(tokens, group=dist.group.WORLD, transport=name) for name in ("auto", "nccl")}
+    q, k, v, dout, sink = draw((plans["auto"].local_tokens,), 128)
+    attention = functools.partial(cp_attention_with_sink, q, k, v, sink, backend=args.backend)
+    ours: dict[str, Variant] = {
+        "cp" if name == "auto" else f"cp {name}": (functools.partial(attention, plan=plan), (q, k, v, sink), dout)
+        for name, plan in plans.items()
+    }
+    if importlib.util.find_spec("ring_flash_attn"):
+        ring = importlib.import_module("ring_flash_attn").zigzag_ring_flash_attn_func
+        batched = [x.detach()[None].requires_grad_() for x in (q, k, v)]
+        ours["zigzag ring without a sink"] = functools.partial(ring, *batched, causal=True), tuple(batched), dout[None]
+    return compared(args, "causal", {"batch": 1, "tokens": tokens, "head_dim": 128}, ours, (-1, 0), None, tokens * tokens)
+
+
+def window_rows(args: argparse.Namespace) -> list[Row]:
+    """The window of gpt-oss: 128 tokens, head_dim 64."""
+    tokens = 131072
+    plan = make_cp_plan(tokens, group=dist.group.WORLD)
+    q, k, v, dout, sink = draw((plan.local_tokens,), 64)
+
+    ours = functools.partial(cp_attention_with_sink, q, k, v, sink, plan=plan, backend=args.backend, window_size=(128, 0))
+    shape = {"batch": 1, "tokens": tokens, "head_dim": 64}
+    return compared(args, "window 128", shape, {"cp": (ours, (q, k, v, sink), dout)}, (128, 0), None, tokens * 256)
+
+
+def packed_rows(args: argparse.Namespace) -> list[Row]:
+    """Documents drawn from DOCUMENT_LENGTHS, in either layout."""
+    tokens = 65536
+    cu_seqlens = draw_documents(tokens, seed=0)
+    variants: dict[str, Variant] = {}
+    for layout in sorted(LAYOUTS):
+        plan = make_cp_plan(tokens, group=dist.group.WORLD, cu_seqlens=cu_seqlens, layout=layout)
+        q, k, v, dout, sink = draw((plan.local_tokens,), 128)
+        attention = functools.partial(cp_attention_with_sink, q, k, v, sink, plan=plan, backend=args.backend)
+        variants[f"cp {layout}"] = attention, (q, k, v, sink), dout
+    pairs = sum((hi - lo) ** 2 for lo, hi in itertools.pairwise(cu_seqlens))
+    shape = {"batch": len(cu_seqlens) - 1, "tokens": tokens, "head_dim": 128}
+    return compared(args, "packed", shape, variants, (-1, 0), cu_seqlens, pairs)
+
+
+def draw_documents(tokens: int, seed: int) -> list[int]:
+    """Offsets of documents whose lengths follow DOCUMENT_LENGTHS, even within a bin, none above a quarter; the last is cut."""
+    generator = random.Random(seed)
+    bins = [(1 if not n else DOCUMENT_LENGTHS[n - 1][0] + 1, hi, count) for n, (hi, count) in enumerate(DOCUMENT_LENGTHS)]
+    offsets = [0]
+    while offsets[-1] < tokens:
+        lo, hi, _ = generator.choices(bins, weights=[count for *_, count in bins])[0]
+        length = generator.randint(lo, hi)
+        if length <= tokens // 4:
+            offsets.append(min(tokens, offsets[-1] + length))
+    return offsets
+
+
+def compared(
+    args: argparse.Namespace,
+    name: str,
+    shape: Row,
+    ours: dict[str, Variant],
+    window_size: tuple[int, int],
+    cu_seqlens: list[int] | None,
+    pairs: int,
+) -> list[Row]:
+    """Forward, and forward with backward, of each of ``ours`` (function, leaves, gradient) beside the whole sequence on one GPU."""
+    ranks, tokens, head_dim = dist.get_world_size(), shape["tokens"], shape["head_dim"]
+    leading = (1, tokens) if cu_seqlens is None and window_size == (-1, 0) else (tokens,)
+    whole_q, whole_k, whole_v, whole_dout, _ = draw(leading, head_dim)
+    varlen = None
+    if len(leading) == 1:
+        offsets = torch.tensor(cu_seqlens or [0, tokens], dtype=torch.int32, device="cuda")
+        longest = int((offsets[1:] - offsets[:-1]).max())
+        varlen = Varlen(offsets, offsets, longest, longest)
+    call = Call(make_params(head_dim, None, True, (window_size[0], -1), 0.0, False), varlen)
+    backend = chosen_backend(args, whole_q)
+
+    def plain() -> Tensor:
+        return PlainAttention.apply(whole_q, whole_k, whole_v, backend, call)
+
+    everything: dict[str, Variant] = {"plain": (plain, (whole_q, whole_k, whole_v), whole_dout), **ours}
+    phases: dict[str, Work] = {
+        "forward": {key: torch.no_grad()(function) for key, (function, _, _) in everything.items()},
+        "forward+backward": {key: functools.partial(both, *variant) for key, variant in everything.items()},
+    }
+    token = torch.zeros(1, device="cuda")
+    rows: list[Row] = []
+    shape = {**shape, "heads": HEADS, "heads_kv": HEADS_KV, "ranks": ranks}
+    for phase, work in phases.items():
+        rounds = max(7, int(args.rounds / max(1.0, pairs / (4 * 8192**2))))
+        times = measure(work, rounds, before_each=lambda: dist.all_reduce(token))
+        slowest = torch.tensor(list(times.values()), device="cuda")  # a step ends when the last rank does
+        dist.all_reduce(slowest, op=dist.ReduceOp.MAX)
+        times = dict(zip(times, slowest.tolist(), strict=True))
+        ideal = statistics.median(times["plain"]) / ranks
+        for key, values in times.items():
+            percent = {} if key == "plain" else {"percent_of_plain": 100 * ideal / statistics.median(values)}
+            rows.append({**shape, "measured": f"{name}: {phase} {key}", **summary(values), **percent})
+    return rows
+
+
+def both(function: Callable[[], Any], leaves: tuple[Tensor, ...], gradient: Tensor) -> tuple[Tensor, ...]:
+    """Forward and backward."""
+    return torch.autograd.grad(function(), leaves, gradient)
+
+
+def describe(row: Row) -> str | None:
+    """One line for the terminal."""
+    if row.get("percent_of_plain") is None:
+        return None
+    median = f"{row['median_us'] / 1e3:9.3f} ms" if "median_us" in row else ""
+    return f"{row['tokens']:6d} tokens {row['measured']:50s} {median} {row['percent_of_plain']:6.2f}%"
+
+
+def exposed_rows(args: argparse.Namespace, tokens: int) -> list[Row]:
+    """How long the stream of the kernels stands still within a forward and backward, in percent of it; the worse rank's."""
+    plan = make_cp_plan(tokens, group=dist.group.WORLD)
+    events = profiled_step(args, plan)
+    stream = max({e["stream"] for e in events}, key=lambda s: sum(e["us"] for e in events if e["stream"] == s and e["compute"]))
+    busy = sorted((e["start"], e["start"] + e["us"]) for e in events if e["stream"] == stream and e["compute"])
+    span = busy[-1][1] - busy[0][0]
+    idle = sum(max(0.0, later[0] - earlier[1]) for earlier, later in itertools.pairwise(busy))
+    figures = torch.tensor([idle, span], device="cuda", dtype=torch.float64)
+    dist.all_reduce(figures, op=dist.ReduceOp.MAX)
+    idle, span = figures.tolist()
+    shape = {"tokens": tokens, "heads": HEADS, "heads_kv": HEADS_KV, "head_dim": 128, "ranks": dist.get_world_size()}
+    rows = [
+        {
+            **shape,
+            "measured": "exposed: forward+backward, the kernels' stream idle",
+            "median_us": idle,
+            "percent_of_plain": 100 * idle / span,
+        }
+    ]
+    if tokens == TRACED_TOKENS:
+
+        def kernels(event: dict[str, Any]) -> bool:
+            return event["stream"] == stream and bool(event["compute"])
+
+        gathered: list[Any] = [None] * dist.get_world_size()
+        dist.all_gather_object(gathered, events)
+        for rank, theirs in enumerate(gathered):
+            first = min(e["start"] for e in theirs)
+            rows += [
+                {
+                    "tokens": tokens,
+                    "measured": f"trace: rank {rank} {'kernels' if kernels(e) else 'copies'}: {e['name']}",
+                    "start_us": e["start"] - first,
+                    "median_us": e["us"],
+                }
+                for e in theirs
+                if e["us"] >= 5
+            ]
+    return rows
+
+
+def profiled_step(args: argparse.Namespace, plan: CPPlan) -> list[dict[str, Any]]:
+    """What the GPU did in one forward and backward, enqueued whole before it starts, so that the host cannot hold it up."""
+    q, k, v, dout, sink = draw((plan.local_tokens,), 128)
+
+    def step() -> Any:
+        return torch.autograd.grad(cp_attention_with_sink(q, k, v, sink, plan=plan, backend=args.backend), (q, k, v, sink), dout)
+
+    for _ in range(3):
+        step()
+    torch.cuda.synchronize()
+    dist.barrier()
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+        token = torch.zeros(1, device="cuda")
+        torch.cuda._sleep(20_000_000)
+        dist.all_reduce(token)
+        step()
+        torch.cuda.synchronize()
+    assert profile.profiler is not None
+    assert profile.profiler.kineto_results is not None
+    events = [e for e in profile.profiler.kineto_results.events() if e.device_type() == DeviceType.CUDA and e.duration_ns() > 0]
+    ready = max(e.start_ns() + e.duration_ns() for e in events if "AllReduce" in e.name())
+    return [
+        {
+            "name": kernel_kind(e.name())
+            if "cutlass" in e.name()
+            else e.name().replace("void ", "").split("<")[0].split("(")[0][:40],
+            "stream": e.device_resource_id(),
+            "start": (e.start_ns() - ready) / 1e3,
+            "us": e.duration_ns() / 1e3,
+            "compute": not e.name().startswith("Memcpy PtoP") and "nccl" not in e.name(),
+        }
+        for e in events
+        if e.start_ns() >= ready and not e.name().startswith("nccl:")
+    ]
+
+
+def memory_rows(args: argparse.Namespace, tokens: int) -> list[Row]:
+    """Peak of one rank over q, k, v, out and their gradients, the arena of symmetric memory included."""
+    plan = make_cp_plan(tokens, group=dist.group.WORLD)
+    q, k, v, dout, sink = draw((plan.local_tokens,), 128)
+    tensors = 2 * (q.nbytes + k.nbytes + v.nbytes) + 2 * dout.nbytes  # out and dout beside q, k, v and theirs
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    out = cp_attention_with_sink(q, k, v, sink, plan=plan, backend=args.backend)
+    grads = torch.autograd.grad(out, (q, k, v, sink), dout)
+    torch.cuda.synchronize()
+    del grads
+    arena = getattr(plan.transport, "num_bytes", 0)
+    peak = torch.tensor(torch.cuda.max_memory_allocated() + arena, device="cuda", dtype=torch.float64)
+    dist.all_reduce(peak, op=dist.ReduceOp.MAX)
+    shape = {"tokens": tokens, "heads": HEADS, "heads_kv": HEADS_KV, "head_dim": 128, "ranks": dist.get_world_size()}
+    return [
+        {**shape, "measured": "memory: peak over q, k, v, out and gradients", "percent_of_plain": 100 * peak.item() / tensors},
+        {**shape, "measured": "memory: arena over k and v", "percent_of_plain": 100 * arena / (k.nbytes + v.nbytes)},
+    ]
+
+
+def balance_rows() -> list[Row]:
+    """How much more (query, key) pairs than the mean the busiest rank has, over batches of 1,024 k tokens, in either layout."""
+    rows: list[Row] = []
+    tokens = 1 << 20
+    for ranks in (2, 8, 64):
+        for name, layout in sorted(LAYOUTS.items()):
+            leads = []
+            for seed in range(5):
+                offsets = draw_documents(tokens, seed)
+                documents = list(itertools.pairwise(offsets))
+                work = [sum(causal_pairs(tokens_, documents) for tokens_ in ranges) for ranges in layout(tokens, ranks, documents)]
+                leads.append(100 * (max(work) * ranks / sum(work) - 1))
+            assert all(math.isfinite(lead) for lead in leads)
+            row = {"tokens": tokens, "ranks": ranks, "percent_of_plain": statistics.mean(leads)}
+            rows.append({**row, "measured": f"balance: busiest rank over the mean, {ranks} ranks, {name}"})
+    return rows
