@@ -33,10 +33,7 @@ from magi_sink_cp.kernels.protocol import Call, Varlen
 Variant = tuple[Callable[[], Any], tuple[Tensor, ...], Tensor]
 
 TOKENS = (8192, 16384, 32768, 65536, 131072)
-EXPOSED_  # What is timed, its leaves, and the gradient of its result.
-Variant = tuple[Callable[[], Any], tuple[Tensor, ...], Tensor]
-
-TOKENS = (8192, 16384, 32768, 65536)
+EXPOSED_TOKENS = (8192, 16384, 32768, 65536)
 TRACED_TOKENS = 32768
 
 # Lengths of 13.5 million documents: (longest of the bin, documents), from MagiAttention v1.1.1's

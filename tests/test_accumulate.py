@@ -8,6 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from magi_sink_cp.kernels.accumulate import MAX_TERMS, Term, accumulate, accumulate_torch, accumulate_triton
+from magi_sink_cp.kernels.triton_support import unspecial
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 EXACT = DEVICE == "cuda"  # Triton's interpreter cuts bf16 and fp16 off instead of rounding them
@@ -57,3 +58,13 @@ def test_misuse():
     with pytest.raises(ValueError, match=f"accumulate takes 1 to {MAX_TERMS} terms, got 0"):
         accumulate([], out)
     accumulate([Term(torch.zeros(0, 2), 0, 0, 0)], torch.zeros(0, 2))  # nothing to do
+
+
+@pytest.mark.parametrize("value", [0, 1, 2, 16, 17, 48, 2**26, -1, -16])
+def test_no_row_number_is_compiled_for(value):
+    """Triton would make 1 a constant and multiples of 16 a promise, also in a tuple, and launch that code for other numbers."""
+    specialize = pytest.importorskip("triton._C.libtriton").native_specialize_impl
+    backend = pytest.importorskip("triton.backends.compiler").BaseBackend
+    (kind,), (promise,) = specialize(backend, (unspecial(value),), False, True, True)
+    assert (kind, promise) == ("i32", "")
+    assert unspecial(value) >> 4 == value

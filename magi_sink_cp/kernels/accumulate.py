@@ -14,7 +14,16 @@ import torch
 from torch import Tensor
 
 from magi_sink_cp.kernels.protocol import stat_dtype
-from magi_sink_cp.kernels.triton_support import Launcher, next_power_of_2, on_device_of, pointer, tl, triton
+from magi_sink_cp.kernels.triton_support import (
+    UNSPECIAL_LIMIT,
+    Launcher,
+    next_power_of_2,
+    on_device_of,
+    pointer,
+    tl,
+    triton,
+    unspecial,
+)
 
 # The largest number of terms one launch takes.
 MAX_TERMS = 8
@@ -57,21 +66,21 @@ def accumulate_triton(terms: Sequence[Term], out: Tensor) -> None:
     block_rows = 4096 // block_columns
     tensors = tuple(term.tensor for term in terms)
     strides = tuple(x.stride(0) for x in tensors)
-    starts, stops = tuple(term.start for term in terms), tuple(term.stop for term in terms)
-    shifts = tuple(term.first - term.start for term in terms)
+    starts, stops = tuple(unspecial(term.start) for term in terms), tuple(unspecial(term.stop) for term in terms)
+    shifts = tuple(unspecial(term.first - term.start) for term in terms)
     blocks = -(-columns // block_columns)
     sizes = (rows, columns, out.stride(0), blocks, len(terms), block_rows, block_columns)
-    narrow = max(rows, *(term.first + term.stop for term in terms)) < 2**31
+    narrow = max(rows, *(term.first + term.stop for term in terms)) < UNSPECIAL_LIMIT
     kind = (out.device.index, strides, sizes[1:], narrow, *map(pointer, tensors), pointer(out))
     _launch(-(-rows // block_rows) * blocks, kind, (tensors, strides, starts, stops, shifts, out, *sizes))
 
 
 # New document lengths must not compile the kernel again.
-@triton.jit(do_not_specialize=["num_rows", "starts", "stops", "shifts"])
+@triton.jit(do_not_specialize=["num_rows"])
 def _accumulate_kernel(  # type: ignore[no-untyped-def]
     tensors,  # per term (its rows, columns)
     strides,
-    starts,
+    starts,  # unspecial, as the next two
     stops,
     shifts,
     out_ptr,  # (T, columns)
@@ -88,8 +97,8 @@ def _accumulate_kernel(  # type: ignore[no-untyped-def]
     inside = (row < num_rows)[:, None] & (column < num_columns)[None, :]
     total = tl.zeros([BLOCK_ROWS, BLOCK_COLUMNS], tl.float32)
     for i in tl.static_range(NUM_TERMS):
-        there = ((row >= starts[i]) & (row < stops[i]))[:, None] & inside
-        at = tensors[i] + (row + shifts[i])[:, None] * strides[i] + column[None, :]
+        there = ((row >= starts[i] >> 4) & (row < stops[i] >> 4))[:, None] & inside
+        at = tensors[i] + (row + (shifts[i] >> 4))[:, None] * strides[i] + column[None, :]
         total += tl.load(at, mask=there, other=0.0).to(tl.float32)
     tl.store(out_ptr + row[:, None] * out_stride + column[None, :], total.to(out_ptr.dtype.element_ty), mask=inside)
 

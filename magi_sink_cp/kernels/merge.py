@@ -16,7 +16,16 @@ import torch
 from torch import Tensor
 
 from magi_sink_cp.kernels.protocol import Partial, stat_dtype
-from magi_sink_cp.kernels.triton_support import Launcher, next_power_of_2, on_device_of, pointer, tl, triton
+from magi_sink_cp.kernels.triton_support import (
+    UNSPECIAL_LIMIT,
+    Launcher,
+    next_power_of_2,
+    on_device_of,
+    pointer,
+    tl,
+    triton,
+    unspecial,
+)
 
 # The largest number of partials one launch takes; a schedule with more folds them into an fp32 partial as it goes.
 MAX_PARTIALS = 4
@@ -108,8 +117,8 @@ def merge_triton(
     lses: tuple[Tensor, ...] = (first.lse,)
     if len(partials) > 1:
         outs, lses = tuple(p.out for p in partials), tuple(p.lse for p in partials)
-    starts = tuple(p.start for p in partials)
-    stops = tuple(p.start + x.shape[-3] for p, x in zip(partials, outs, strict=True))
+    starts = tuple(unspecial(p.start) for p in partials)
+    stops = tuple(unspecial(p.start + x.shape[-3]) for p, x in zip(partials, outs, strict=True))
     strides = tuple(map(out_strides, outs)), tuple(map(lse_strides, lses))
     own_strides = (
         strides[0][0] if out is first.out else out_strides(out),
@@ -121,7 +130,7 @@ def merge_triton(
     tensors = (out, lse, sink, cu_seqlens_q)
     own = (sink, cu_seqlens_q) if out is first.out and lse is first.lse else tensors
     pointers = *map(pointer, outs), *map(pointer, lses), *map(pointer, own)
-    kind = out.device.index, head_dim, heads, rows < 2**31, strides, own_strides, len(own), pointers
+    kind = out.device.index, head_dim, heads, rows < UNSPECIAL_LIMIT, strides, own_strides, len(own), pointers
     sizes = rows, heads, num_sinks, documents, len(partials), head_dim, block_dim, block_rows
     programs = heads * -(-rows // block_rows) * batch
     _launch_merge(programs, kind, (outs, lses, starts, stops, *strides, *tensors, *own_strides, *sizes))
@@ -148,11 +157,11 @@ def sink_strides(sink: Tensor | None) -> tuple[int, int, int, int]:
 
 
 # A new token, sink or document count must not compile the kernel again.
-@triton.jit(do_not_specialize=["num_rows", "num_sinks", "num_documents", "starts", "stops"])
+@triton.jit(do_not_specialize=["num_rows", "num_sinks", "num_documents"])
 def _merge_kernel(  # type: ignore[no-untyped-def]
     outs,  # per partial (B, rows, H, D), any float dtype
     lses,  # per partial (B, H, rows), fp32
-    starts,
+    starts,  # unspecial, as the next
     stops,
     outs_strides,
     lses_strides,
@@ -185,8 +194,9 @@ def _merge_kernel(  # type: ignore[no-untyped-def]
 
     peak = tl.full([BLOCK_ROWS], float("-inf"), tl.float32)
     for i in tl.static_range(NUM_PARTIALS):
-        covered = exists & (row >= starts[i]) & (row < stops[i])
-        at = lses[i] + batch * lses_strides[i][0] + head * lses_strides[i][1] + row - starts[i]
+        start = starts[i] >> 4
+        covered = exists & (row >= start) & (row < stops[i] >> 4)
+        at = lses[i] + batch * lses_strides[i][0] + head * lses_strides[i][1] + row - start
         peak = tl.maximum(peak, tl.load(at, mask=covered, other=float("-inf")))
     if sink_ptr is not None:
         sink_at = sink_ptr + batch * sink_stride[0] + row * sink_stride[1] + head * sink_stride[3]
@@ -198,12 +208,13 @@ def _merge_kernel(  # type: ignore[no-untyped-def]
     total = tl.zeros([BLOCK_ROWS], tl.float32)
     merged = tl.zeros([BLOCK_ROWS, BLOCK_DIM], tl.float32)
     for i in tl.static_range(NUM_PARTIALS):
-        covered = exists & (row >= starts[i]) & (row < stops[i])
-        at = lses[i] + batch * lses_strides[i][0] + head * lses_strides[i][1] + row - starts[i]
+        start = starts[i] >> 4
+        covered = exists & (row >= start) & (row < stops[i] >> 4)
+        at = lses[i] + batch * lses_strides[i][0] + head * lses_strides[i][1] + row - start
         weight = tl.exp(tl.load(at, mask=covered, other=float("-inf")) - peak)
         total += weight
         first = outs[i] + batch * outs_strides[i][0] + head * outs_strides[i][2]
-        here = first + (row - starts[i])[:, None] * outs_strides[i][1] + dim[None, :]
+        here = first + (row - start)[:, None] * outs_strides[i][1] + dim[None, :]
         value = tl.load(here, mask=(weight > 0)[:, None] & (dim < HEAD_DIM)[None, :], other=0.0)
         merged += weight[:, None] * value.to(tl.float32)
     if sink_ptr is not None:

@@ -75,6 +75,15 @@ def pointer(x: Tensor | None) -> tuple[torch.dtype, bool] | None:
     return None if x is None else (x.dtype, x.data_ptr() % 16 == 0)
 
 
+def unspecial(value: int) -> int:
+    """An int in a tuple argument that Triton compiles nothing special for, as it does for 1 and multiples of 16 (also where
+    do_not_specialize names the tuple): in the kernel, shift it right by 4."""
+    return 16 * value + 3
+
+
+# Values below this are 32-bit ints also after unspecial().
+UNSPECIAL_LIMIT = 1 << 27
+
 _MOST_KINDS = 4096  # token counts are part of a kind, through the strides
 
-__all__ = ["Launcher", "next_power_of_2", "on_device_of", "pointer", "tl", "triton"]
+__all__ = ["UNSPECIAL_LIMIT", "Launcher", "next_power_of_2", "on_device_of", "pointer", "tl", "triton", "unspecial"]
