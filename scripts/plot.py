@@ -2,7 +2,7 @@
 
     python scripts/plot.py [--data docs/benchmarks]
 
-Writes kernel.png, functions.png and dist.png beside kernel.csv, functions.csv and dist.csv, whichever are there.
+Writes kernel.png, functions.png, dist.png and dist_trace.png beside the CSV files of these names, whichever are there.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, default=Path("docs/benchmarks"), help="folder of the CSV files")
     args = parser.parse_args()
-    pictures = {"kernel": draw_kernel, "functions": draw_functions, "dist": draw_dist}
+    pictures = {"kernel": draw_kernel, "functions": draw_functions, "dist": draw_dist, "dist_trace": draw_trace}
     drawn = [draw(args.data, name, function) for name, function in pictures.items()]
     if not any(drawn):
         print(f"no {', '.join(f'{name}.csv' for name in pictures)} in {args.data}; scripts/bench.py writes them", file=sys.stderr)
@@ -43,7 +43,8 @@ def draw(folder: Path, name: str, function: Callable[[list[dict[str, str]]], Any
     if not rows:
         raise SystemExit(f"{source} holds no rows; scripts/bench.py writes them")
     figure = function(rows)
-    origin = rows[0]
+    with (folder / "dist.csv" if name == "dist_trace" else source).open() as file:
+        origin = next(csv.DictReader(file))
     text = f"{origin['gpu']}, {origin['backend']}, torch {origin['torch']}, commit {origin['commit']}, {origin['date']}"
     figure.text(0.5, 0.005, text, ha="center", fontsize=8, color=GREY)
     figure.tight_layout(rect=(0, 0.02, 1, 1))
@@ -91,18 +92,51 @@ def draw_functions(rows: list[dict[str, str]]) -> Any:
 
 
 def draw_dist(rows: list[dict[str, str]]) -> Any:
-    """Efficiency over one GPU's FlashAttention-3 without a sink, divided by the ranks."""
-    figure, axis = plt.subplots(figsize=(7, 4))
-    for phase, color in (("forward", BLUE), ("forward+backward", ORANGE)):
-        chosen = [r for r in rows if r["measured"] == f"{phase} efficiency"]
-        names = [f"{int(r['tokens']) // 1024}k" for r in chosen]
-        axis.plot(names, [float(r["percent_of_plain"]) for r in chosen], "o-", color=color, label=phase)
-    axis.axhline(100, color=GREY, linestyle="--", linewidth=1, label="one GPU without a sink ÷ ranks")
-    axis.set_xlabel(f"tokens over {rows[0]['ranks']} GPUs")
-    axis.set_ylabel("efficiency (%)")
-    axis.set_title("Context-parallel attention with a sink")
-    axis.grid(alpha=0.25)
-    axis.legend(frameon=False)
+    """Efficiency over one GPU's FlashAttention-3 without a sink, divided by the ranks: one causal document."""
+    figure, axes = plt.subplots(1, 2, figsize=(10, 4), sharey=True)
+    variants = (
+        ("cp", "ours, with a sink", BLUE),
+        ("zigzag ring without a sink", "ring-flash-attn's zigzag, without a sink", ORANGE),
+    )
+    for axis, phase in zip(axes, ("forward", "forward+backward"), strict=True):
+        for key, label, color in variants:
+            chosen = [r for r in rows if r["measured"] == f"causal: {phase} {key}"]
+            names = [f"{int(r['tokens']) // 1024}k" for r in chosen]
+            axis.plot(names, [float(r["percent_of_plain"]) for r in chosen], "o-", color=color, label=label)
+        axis.axhline(100, color=GREY, linestyle="--", linewidth=1, label="one GPU without a sink ÷ ranks")
+        axis.set_xlabel(f"tokens over {rows[0]['ranks']} GPUs")
+        axis.set_title(phase)
+        axis.grid(alpha=0.25)
+    axes[0].set_ylabel("efficiency (%)")
+    axes[1].legend(frameon=False)
+    return figure
+
+
+def draw_trace(rows: list[dict[str, str]]) -> Any:
+    """One forward and backward at 32k tokens: what each rank's GPU computes, and what its copy engines move, when."""
+    colors = {"Fwd": BLUE, "BwdSm90": ORANGE, "_merge": "#59a14f", "Memcpy": "#b07aa1"}
+    lanes = sorted({(r["rank"], r["lane"]) for r in rows}, key=lambda lane: (lane[0], lane[1] == "copies"))
+    figure, axes = plt.subplots(2, 1, figsize=(11, 5))
+    ends = [float(r["start_us"]) + float(r["duration_us"]) for r in rows]
+    forward_end = max(end for r, end in zip(rows, ends, strict=True) if "_merge" in r["name"])
+    for axis, (lo, hi), title in zip(axes, ((0, forward_end), (forward_end, max(ends))), ("forward", "backward"), strict=True):
+        for r in rows:
+            start, duration = float(r["start_us"]), float(r["duration_us"])
+            color = next((c for key, c in colors.items() if key in r["name"]), GREY)
+            axis.broken_barh([(start / 1e3, duration / 1e3)], (lanes.index((r["rank"], r["lane"])) - 0.4, 0.8), color=color)
+        axis.set_xlim(lo / 1e3, hi / 1e3)
+        axis.set_yticks(range(len(lanes)), [f"rank {rank}: {lane}" for rank, lane in lanes])
+        axis.invert_yaxis()
+        axis.set_title(title)
+    axes[1].set_xlabel("ms")
+    names = {
+        "Fwd": "forward kernel",
+        "BwdSm90": "backward kernel",
+        "_merge": "merge with the sink",
+        "Memcpy": "copies between GPUs",
+    }
+    handles = [mpl.patches.Patch(color=colors[key], label=name) for key, name in names.items()]
+    axes[0].legend(handles=[*handles, mpl.patches.Patch(color=GREY, label="other")], frameon=False, ncols=5, loc="upper center")
     return figure
 
 

@@ -206,7 +206,7 @@ def test_a_layout_holds_every_token_once(layout, total, cp_size):
     assert tokens == list(range(len(tokens)))
     assert len(tokens) >= total
     assert len({num_tokens(r) for r in ranks}) == 1
-    assert len(tokens) - total < (2 if layout == "zigzag" else BALANCED_CHUNKS) * cp_size
+    assert len(tokens) - total < (2 if layout == "zigzag" else max(BALANCED_CHUNKS)) * cp_size
     assert all(r == tuple(sorted(r)) for r in ranks)
 
 
@@ -238,7 +238,7 @@ def test_the_balanced_layout_balances_short_documents(cp_size):
         documents = documents_of(lengths)
         leads.append([worst_lead(LAYOUTS[name](sum(lengths), cp_size, documents), documents) for name in ("zigzag", "balanced")])
     zigzag_lead, balanced_lead = torch.tensor(leads).mean(0).tolist()
-    assert balanced_lead < 0.3 * zigzag_lead
+    assert balanced_lead < min(0.05, 0.3 * zigzag_lead)
     assert causal_pairs((2, 7), [(0, 3), (4, 9)]) == 3 + (1 + 2 + 3)
 
 

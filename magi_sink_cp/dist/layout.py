@@ -14,8 +14,9 @@ from heapq import heappop, heappush
 Range = tuple[int, int]
 RankRanges = tuple[Range, ...]
 
-# Chunks a rank of the balanced layout. Halving them on 4 ranks doubles the worst rank's lead over the mean: docs/benchmarks.md.
-BALANCED_CHUNKS = 8
+# Chunks a rank that the balanced layout tries, and the lead of the busiest rank over the mean that is good enough.
+BALANCED_CHUNKS = (2, 3, 4, 6, 8, 12, 16)
+BALANCED_LEAD = 0.02
 
 
 def zigzag(total_tokens: int, cp_size: int, documents: Sequence[Range] = ()) -> tuple[RankRanges, ...]:
@@ -35,24 +36,40 @@ def zigzag(total_tokens: int, cp_size: int, documents: Sequence[Range] = ()) -> 
 
 
 def balanced(total_tokens: int, cp_size: int, documents: Sequence[Range] = ()) -> tuple[RankRanges, ...]:
-    """BALANCED_CHUNKS·cp equal chunks, as many on each rank, so that the ranks' (query, key) pairs under a causal mask are close.
+    """Equal chunks, as many on each rank, dealt out so that the ranks' (query, key) pairs under a causal mask are nearly equal.
 
     Heaviest chunk first, each goes to the rank that has least and room left. Where documents are short, a chunk's work depends on
-    how they are cut, which zigzag ignores.
+    how they are cut, which zigzag ignores. Fewer chunks mean fewer kernel calls: the fewest whose busiest rank leads the mean by
+    BALANCED_LEAD at most are taken, else those whose busiest rank leads least.
 
     >>> balanced(16, 1)
     (((0, 16),),)
     """
-    chunk = -(-total_tokens // (BALANCED_CHUNKS * cp_size))
-    work = [causal_pairs(_chunk(index, chunk), documents) for index in range(BALANCED_CHUNKS * cp_size)]
+    best: tuple[float, tuple[RankRanges, ...]] | None = None
+    for chunks in BALANCED_CHUNKS:
+        lead, layout = _dealt(total_tokens, cp_size, documents, chunks)
+        if best is None or lead < best[0]:
+            best = lead, layout
+        if lead <= BALANCED_LEAD:
+            break
+    assert best is not None, "there are numbers of chunks to try"
+    return best[1]
+
+
+def _dealt(total_tokens: int, cp_size: int, documents: Sequence[Range], chunks: int) -> tuple[float, tuple[RankRanges, ...]]:
+    """(how much more work than the mean the busiest rank has, layout) with ``chunks`` chunks a rank."""
+    size = -(-total_tokens // (chunks * cp_size))
+    work = [causal_pairs(_chunk(index, size), documents) for index in range(chunks * cp_size)]
     free = [(0, rank) for rank in range(cp_size)]
     held: list[list[Range]] = [[] for _ in range(cp_size)]
+    busiest = 0
     for index in sorted(range(len(work)), key=lambda index: -work[index]):
         load, rank = heappop(free)
-        held[rank].append(_chunk(index, chunk))
-        if len(held[rank]) < BALANCED_CHUNKS:
+        held[rank].append(_chunk(index, size))
+        busiest = max(busiest, load + work[index])
+        if len(held[rank]) < chunks:
             heappush(free, (load + work[index], rank))
-    return tuple(union(ranges) for ranges in held)
+    return busiest * cp_size / max(1, sum(work)) - 1, tuple(union(ranges) for ranges in held)
 
 
 LAYOUTS: dict[str, Callable[[int, int, Sequence[Range]], tuple[RankRanges, ...]]] = {"zigzag": zigzag, "balanced": balanced}
@@ -61,7 +78,8 @@ LAYOUTS: dict[str, Callable[[int, int, Sequence[Range]], tuple[RankRanges, ...]]
 def causal_pairs(rows: Range, documents: Sequence[Range]) -> int:
     """(query, key) pairs of the rows under a causal mask within sorted documents: row i of a document sees i + 1 keys."""
     pairs = 0
-    for lo, hi in documents[max(0, bisect_right(documents, (rows[0], rows[0])) - 1) :]:
+    for which in range(max(0, bisect_right(documents, (rows[0], rows[0])) - 1), len(documents)):
+        lo, hi = documents[which]
         if lo >= rows[1]:
             break
         first, last = max(lo, rows[0]) - lo, min(hi, rows[1]) - lo

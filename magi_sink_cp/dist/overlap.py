@@ -5,13 +5,13 @@ before it, and costs a partial result: another pass over out in the merge; in ba
 zeroed, read and rounded once more, and the sum of two dq. Seconds beyond the computation itself, per rank:
 
     link(t)            = LATENCY + bytes of k and v of t tokens / LINK
-    forward, 0:        link(all remote keys) + pass over the rank's own k and v, which are copied beside them
-    forward, n:        n · (STAGE + 2 bytes for each element of q / MEMORY) + Σ stages [link(its keys) - what hides it]
-    backward, 0:       the same twice, as gradients go home
-    backward, n:       n · (STAGE + 16 bytes for each element of q / MEMORY) + Σ stages [2 · link(its keys) - what hides it]
-                       + link(keys of the last stage)
+    forward, 0:        link(all remote keys) + pass over the rank's own k and v, which are copied beside them + calls · CALL
+    forward, n:        n · (2 bytes for each element of q / MEMORY) + Σ stages [link(its keys) - what hides it] + calls · CALL
+    backward, 0:       as forward, with link and pass twice, as gradients go home; + ONE_CALL_SLOWER · the computation, as measured
+    backward, n:       as forward, with 16 bytes and 2 · link; + link(keys of the last stage)
 
-and in backward of degree 0 ONE_CALL_SLOWER of the computation, as FlashAttention-3 measures (docs/benchmarks.md).
+With ``ranges`` token ranges a rank, 0 makes as many kernel calls, or twice as many where documents end within them, as it computes
+rows with and without remote keys apart; n makes one for the own keys and half as many as ranges for each stage.
 
 The figures are an H200's and NVLink's, or 400 Gb/s between hosts; they decide between plans whose results are the same, so on
 another machine only the order of things must be right. ``overlap_degree=n`` overrides the choice.
@@ -26,7 +26,7 @@ LINK = {"nvlink": 3.4e11, "network": 4.5e10}
 MEMORY = 4.0e12
 FLOPS = 6.0e14
 LATENCY_S = 20e-6
-STAGE_S = 20e-6
+CALL_S = 20e-6
 # Bytes for each element of q that one more partial result costs, and FLOP for each visible pair, head and dimension.
 PARTIAL_BYTES = {"forward": 2, "backward": 16}
 PAIR_FLOPS = {"forward": 4, "backward": 10}
@@ -44,12 +44,16 @@ class Work:
         rows: query tokens.
         pairs: visible (query, key) pairs.
         remote_keys: tokens that travel to the rank.
+        ranges: token ranges that the rank holds.
+        documents: of the whole sequence.
         heads, heads_kv, head_dim, element_size: of q, k and v.
     """
 
     rows: int
     pairs: int
     remote_keys: int
+    ranges: int
+    documents: int
     heads: int
     heads_kv: int
     head_dim: int
@@ -75,12 +79,14 @@ def cost_s(work: Work, cp_size: int, degree: int, link: str, way: str) -> float:
 
     if degree == 0:
         slower = ONE_CALL_SLOWER[way] * PAIR_FLOPS[way] * work.pairs * work.heads * work.head_dim / FLOPS
-        return trips * (link_s(work.remote_keys) + 2 * work.rows * token_bytes / MEMORY) + slower
-    partial = STAGE_S + PARTIAL_BYTES[way] * work.rows * work.heads * work.head_dim / MEMORY
+        calls = work.ranges * (1 if work.documents == 1 else 2)
+        return trips * (link_s(work.remote_keys) + 2 * work.rows * token_bytes / MEMORY) + slower + calls * CALL_S
+    calls = 1 + degree * max(1, work.ranges // 2)
+    partial = PARTIAL_BYTES[way] * work.rows * work.heads * work.head_dim / MEMORY
     hiding = PAIR_FLOPS[way] * work.pairs * work.heads * work.head_dim / FLOPS / (degree + 1)
     transfer = link_s(work.remote_keys / degree)
     exposed = max(0.0, trips * transfer - hiding)
-    return degree * (partial + exposed) + (trips - 1) * transfer
+    return degree * (partial + exposed) + (trips - 1) * transfer + calls * CALL_S
 
 
 def _shards(cp_size: int, degree: int) -> int:

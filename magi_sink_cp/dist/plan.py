@@ -221,6 +221,8 @@ class CPPlan:
             work = Work(
                 rows=batch_size * self.local_tokens,
                 pairs=batch_size * pairs // self.cp_size,
+                ranges=max(len(ranges) for ranges in self.layout) * batch_size,
+                documents=len(self.documents) * batch_size,
                 remote_keys=batch_size * mean_remote_keys(self.layout, self.documents, window_size),
                 heads=heads,
                 heads_kv=heads_kv,
