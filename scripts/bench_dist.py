@@ -217,6 +217,7 @@ def exposed_rows(args: argparse.Namespace, tokens: int) -> list[Row]:
 
 def write_trace(path: Path, events_of_ranks: list[list[dict[str, Any]]]) -> None:
     """What each rank's GPU did when, from 5 µs on; scripts/plot.py draws it."""
+    path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("w", newline="") as file:
         writer = csv.writer(file)
         writer.writerow(["rank", "lane", "name", "start_us", "duration_us"])
