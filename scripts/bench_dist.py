@@ -52,12 +52,12 @@ def run(args: argparse.Namespace) -> Iterator[list[Row]]:
     torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     dist.init_process_group("nccl", device_id=torch.device("cuda", torch.cuda.current_device()))
     parts: list[Callable[[], list[Row]]] = [
+        *(lambda tokens=tokens: memory_rows(args, tokens) for tokens in TOKENS),  # first, as the arena never shrinks
         *(lambda tokens=tokens: causal_rows(args, tokens) for tokens in TOKENS),
         lambda: window_rows(args),
         lambda: packed_rows(args),
         *(lambda tokens=tokens: exposed_rows(args, tokens) for tokens in EXPOSED_TOKENS),
-        *(lambda tokens=tokens: memory_rows(args, tokens) for tokens in TOKENS),
-        lambda: balance_rows(),
+        balance_rows,
     ]
     for part in parts:
         rows = part()
@@ -188,24 +188,28 @@ def describe(row: Row) -> str | None:
 
 
 def exposed_rows(args: argparse.Namespace, tokens: int) -> list[Row]:
-    """How long the stream of the kernels stands still within a forward and backward, in percent of it; the worse rank's."""
+    """How long the stream of the kernels stands still within a forward and backward, in percent of it.
+
+    The slower GPU waits for the transfers alone; the faster one waits for the slower one too.
+    """
     plan = make_cp_plan(tokens, group=dist.group.WORLD)
     events = profiled_step(args, plan)
     stream = max({e["stream"] for e in events}, key=lambda s: sum(e["us"] for e in events if e["stream"] == s and e["compute"]))
     busy = sorted((e["start"], e["start"] + e["us"]) for e in events if e["stream"] == stream and e["compute"])
     span = busy[-1][1] - busy[0][0]
     idle = sum(max(0.0, later[0] - earlier[1]) for earlier, later in itertools.pairwise(busy))
-    figures = torch.tensor([idle, span], device="cuda", dtype=torch.float64)
-    dist.all_reduce(figures, op=dist.ReduceOp.MAX)
-    idle, span = figures.tolist()
+    figures = torch.zeros(dist.get_world_size(), 2, device="cuda", dtype=torch.float64)
+    figures[dist.get_rank()] = torch.tensor([idle, span])
+    dist.all_reduce(figures)
     shape = {"tokens": tokens, "heads": HEADS, "heads_kv": HEADS_KV, "head_dim": 128, "ranks": dist.get_world_size()}
     rows = [
         {
             **shape,
-            "measured": "exposed: forward+backward, the kernels' stream idle",
-            "median_us": idle,
-            "percent_of_plain": 100 * idle / span,
+            "measured": f"exposed: forward+backward, kernels idle, {which}",
+            "median_us": us,
+            "percent_of_plain": 100 * us / of,
         }
+        for which, (us, of) in zip(("rank that waits least", "most"), (min(figures.tolist()), max(figures.tolist())), strict=True)
     ]
     if tokens == TRACED_TOKENS:
         gathered: list[Any] = [None] * dist.get_world_size()

@@ -1,20 +1,23 @@
 """How many stages the keys should travel in: the cost model behind ``overlap_degree="auto"``.
 
 Degree 0 waits for all keys and computes no row twice. Each travelling stage of degree n > 0 hides a transfer behind the computation
-before it, and costs a partial result: another pass over out in the merge; in backward, FlashAttention's fp32 accumulator of dq
-zeroed, read and rounded once more, and the sum of two dq. Seconds beyond the computation itself, per rank:
+before it, and costs a partial result of the rows that see its keys: another pass over out in the merge; in backward,
+FlashAttention's fp32 accumulator of dq zeroed, read and rounded once more, and the sum of two dq. Seconds beyond the computation
+itself, per rank:
 
     link(t)            = LATENCY + bytes of k and v of t tokens / LINK
     forward, 0:        link(all remote keys) + pass over the rank's own k and v, which are copied beside them + calls · CALL
-    forward, n:        n · (2 bytes for each element of q / MEMORY) + Σ stages [link(its keys) - what hides it] + calls · CALL
-    backward, 0:       as forward, with link and pass twice, as gradients go home; + ONE_CALL_SLOWER · the computation, as measured
-    backward, n:       as forward, with 16 bytes and 2 · link; + link(keys of the last stage)
+    forward, n:        n · (2 bytes for each element of q in those rows / MEMORY) + calls · CALL
+                       + Σ stages [link(its keys) - what hides it]
+    backward, 0:       as forward, with link and pass twice, as gradients go home
+    backward, n:       as forward, with 16 bytes and 2 · link, + link(keys of the last stage)
 
-With ``ranges`` token ranges a rank, 0 makes as many kernel calls, or twice as many where documents end within them, as it computes
+and SLOWER · the computation: FlashAttention-3 takes longer for two calls than for one in forward, and less long in backward. With
+``ranges`` token ranges a rank, 0 makes as many kernel calls, or twice as many where documents end within them, as it computes
 rows with and without remote keys apart; n makes one for the own keys and half as many as ranges for each stage.
 
-The figures are an H200's and NVLink's, or 400 Gb/s between hosts; they decide between plans whose results are the same, so on
-another machine only the order of things must be right. ``overlap_degree=n`` overrides the choice.
+The figures are an H200's and NVLink's, or 400 Gb/s between hosts (docs/benchmarks.md); they decide between plans whose results are
+the same, so on another machine only the order of things must be right. ``overlap_degree=n`` overrides the choice.
 """
 
 from __future__ import annotations
@@ -30,8 +33,8 @@ CALL_S = 20e-6
 # Bytes for each element of q that one more partial result costs, and FLOP for each visible pair, head and dimension.
 PARTIAL_BYTES = {"forward": 2, "backward": 16}
 PAIR_FLOPS = {"forward": 4, "backward": 10}
-# By how much computing a rank's rows over all keys at once takes longer than over own and remote keys in two calls.
-ONE_CALL_SLOWER = {"forward": 0.0, "backward": 0.025}
+# What degree 0, and what any other, adds to the computation of rows that see remote keys, as a part of it.
+SLOWER = {"forward": (0.0, 0.045), "backward": (0.025, 0.0)}
 # Keys of at most so many ranks stand in a buffer at once: what a rank holds does not grow with cp_size.
 MAX_SHARDS = 4
 
@@ -44,6 +47,7 @@ class Work:
         rows: query tokens.
         pairs: visible (query, key) pairs.
         remote_keys: tokens that travel to the rank.
+        remote_rows: rows that see any of them.
         ranges: token ranges that the rank holds.
         documents: of the whole sequence.
         heads, heads_kv, head_dim, element_size: of q, k and v.
@@ -52,6 +56,7 @@ class Work:
     rows: int
     pairs: int
     remote_keys: int
+    remote_rows: int
     ranges: int
     documents: int
     heads: int
@@ -77,16 +82,17 @@ def cost_s(work: Work, cp_size: int, degree: int, link: str, way: str) -> float:
     def link_s(tokens: float) -> float:
         return LATENCY_S + tokens * token_bytes / LINK[link]
 
+    slower = SLOWER[way][min(degree, 1)] * work.remote_rows / max(1, work.rows)
+    computation = PAIR_FLOPS[way] * work.pairs * work.heads * work.head_dim / FLOPS
     if degree == 0:
-        slower = ONE_CALL_SLOWER[way] * PAIR_FLOPS[way] * work.pairs * work.heads * work.head_dim / FLOPS
         calls = work.ranges * (1 if work.documents == 1 else 2)
-        return trips * (link_s(work.remote_keys) + 2 * work.rows * token_bytes / MEMORY) + slower + calls * CALL_S
+        own = 2 * work.rows * token_bytes / MEMORY
+        return trips * (link_s(work.remote_keys) + own) + slower * computation + calls * CALL_S
     calls = 1 + degree * max(1, work.ranges // 2)
-    partial = PARTIAL_BYTES[way] * work.rows * work.heads * work.head_dim / MEMORY
-    hiding = PAIR_FLOPS[way] * work.pairs * work.heads * work.head_dim / FLOPS / (degree + 1)
+    partial = PARTIAL_BYTES[way] * work.remote_rows * work.heads * work.head_dim / MEMORY
     transfer = link_s(work.remote_keys / degree)
-    exposed = max(0.0, trips * transfer - hiding)
-    return degree * (partial + exposed) + (trips - 1) * transfer + calls * CALL_S
+    exposed = max(0.0, trips * transfer - computation / (degree + 1))
+    return degree * (partial + exposed) + slower * computation + (trips - 1) * transfer + calls * CALL_S
 
 
 def _shards(cp_size: int, degree: int) -> int:

@@ -25,7 +25,7 @@ from magi_sink_cp.dist.schedule import (
     Window,
     add_routes,
     build_schedule,
-    mean_remote_keys,
+    mean_remote,
     visible_pairs,
 )
 from magi_sink_cp.dist.symmetric import SymmetricMemory, connect
@@ -218,12 +218,14 @@ class CPPlan:
         if key not in self._degrees:
             left, right = window_size
             pairs = sum(visible_pairs(hi - lo, hi - lo, left, right) for lo, hi in self.documents)
+            remote_keys, remote_rows = mean_remote(self.layout, self.documents, window_size)
             work = Work(
                 rows=batch_size * self.local_tokens,
                 pairs=batch_size * pairs // self.cp_size,
                 ranges=max(len(ranges) for ranges in self.layout) * batch_size,
                 documents=len(self.documents) * batch_size,
-                remote_keys=batch_size * mean_remote_keys(self.layout, self.documents, window_size),
+                remote_keys=batch_size * remote_keys,
+                remote_rows=batch_size * remote_rows,
                 heads=heads,
                 heads_kv=heads_kv,
                 head_dim=head_dim,

@@ -190,10 +190,11 @@ def build_schedule(
     return Schedule(tuple(_Sequence(layout, documents, window_size).stages(rank, overlap_degree)))
 
 
-def mean_remote_keys(layout: Sequence[RankRanges], documents: Sequence[Range], window_size: Window) -> int:
-    """How many keys travel to a rank, on average."""
+def mean_remote(layout: Sequence[RankRanges], documents: Sequence[Range], window_size: Window) -> tuple[int, int]:
+    """(keys that travel to a rank, its rows that see any of them), on average over the ranks."""
     sequence = _Sequence(layout, documents, window_size)
-    return sum(sequence.remote_keys(rank) for rank in range(len(layout))) // len(layout)
+    keys, rows = zip(*(sequence.remote(rank) for rank in range(len(layout))), strict=True)
+    return sum(keys) // len(layout), sum(rows) // len(layout)
 
 
 def add_routes(schedules: Sequence[Schedule], rank: int) -> Schedule:
@@ -305,10 +306,16 @@ class _Sequence:
             reduce=Exchange(f"group_reduce of stage {number}", tuple(receives), tuple(homeward), place),
         )
 
-    def remote_keys(self, rank: int) -> int:
-        """Keys that ``rank`` sees and does not hold."""
+    def remote(self, rank: int) -> tuple[int, int]:
+        """(keys that ``rank`` sees and does not hold, its rows that see any of them)."""
+        left, right = self._window
+        own, rows = union(self._layout[rank]), 0
+        for piece in self._pieces(rank):
+            held = [piece.keys[0], *(end for tokens in intersection(own, (piece.keys,)) for end in tokens), piece.keys[1]]
+            reached = [_reach(piece.rows, (lo, hi), right, left) for lo, hi in zip(held[::2], held[1::2], strict=True) if lo < hi]
+            rows += num_tokens(union(reached))
         seen = self._seen(rank)
-        return num_tokens(seen) - num_tokens(intersection(seen, self._layout[rank]))
+        return num_tokens(seen) - num_tokens(intersection(own, seen)), rows
 
     def _seen(self, rank: int) -> RankRanges:
         """All keys that the rank sees."""
