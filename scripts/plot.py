@@ -136,7 +136,8 @@ def draw_trace(rows: list[dict[str, str]]) -> Any:
         "Memcpy": "copies between GPUs",
     }
     handles = [mpl.patches.Patch(color=colors[key], label=name) for key, name in names.items()]
-    axes[0].legend(handles=[*handles, mpl.patches.Patch(color=GREY, label="other")], frameon=False, ncols=5, loc="upper center")
+    handles.append(mpl.patches.Patch(color=GREY, label="other"))
+    axes[0].legend(handles=handles, frameon=False, ncols=5, loc="lower center", bbox_to_anchor=(0.5, 1.15))
     return figure
 
 

