@@ -54,6 +54,7 @@ def run(args: argparse.Namespace) -> Iterator[list[Row]]:
     parts: list[Callable[[], list[Row]]] = [
         *(lambda tokens=tokens: memory_rows(args, tokens) for tokens in TOKENS),  # first, as the arena never shrinks
         *(lambda tokens=tokens: causal_rows(args, tokens) for tokens in TOKENS),
+        *(lambda tokens=tokens: overlap_rows(args, tokens) for tokens in EXPOSED_TOKENS),
         lambda: window_rows(args),
         lambda: packed_rows(args),
         *(lambda tokens=tokens: exposed_rows(args, tokens) for tokens in EXPOSED_TOKENS),
@@ -87,6 +88,18 @@ def causal_rows(args: argparse.Namespace, tokens: int) -> list[Row]:
         batched = [x.detach()[None].requires_grad_() for x in (q, k, v)]
         ours["zigzag ring without a sink"] = functools.partial(ring, *batched, causal=True), tuple(batched), dout[None]
     return compared(args, "causal", {"batch": 1, "tokens": tokens, "head_dim": 128}, ours, (-1, 0), None, tokens * tokens)
+
+
+def overlap_rows(args: argparse.Namespace, tokens: int) -> list[Row]:
+    """The overlap degrees that the cost model chooses between."""
+    plan = make_cp_plan(tokens, group=dist.group.WORLD)
+    q, k, v, dout, sink = draw((plan.local_tokens,), 128)
+    attention = functools.partial(cp_attention_with_sink, q, k, v, sink, plan=plan, backend=args.backend)
+    degrees = range(min(2, plan.cp_size))
+    ours: dict[str, Variant] = {
+        f"cp overlap_degree {n}": (functools.partial(attention, overlap_degree=n), (q, k, v, sink), dout) for n in degrees
+    }
+    return compared(args, "overlap", {"batch": 1, "tokens": tokens, "head_dim": 128}, ours, (-1, 0), None, tokens * tokens)
 
 
 def window_rows(args: argparse.Namespace) -> list[Row]:

@@ -252,7 +252,7 @@ class CPPlan:
                 raise signature
             agree(signature, group, what)
         elif every_time or signature.key not in seen:
-            agree({**signature.content, "plan (sha256)": self._digest}, group, what)
+            agree({"plan (sha256)": self._digest, **signature.content}, group, what)
             seen.add(signature.key)
 
     def _check_size(self, x: Tensor, dim: int, size: int, what: str) -> None:

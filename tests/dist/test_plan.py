@@ -155,12 +155,13 @@ def body_call_error(group, device) -> None:
 
 
 @pytest.mark.parametrize("on_gpus", [False, True])
-def test_how_often_a_signature_is_compared(on_gpus):
-    run_on_ranks(2, body_compared, on_gpus=on_gpus)
+@pytest.mark.parametrize("checks", ["auto", "always"])
+def test_how_often_a_signature_is_compared(on_gpus, checks):
+    run_on_ranks(2, body_compared, on_gpus=on_gpus, checks=checks)
 
 
-def body_compared(group, device, *, on_gpus) -> None:
-    """Every call on a CPU group; once for each new signature of a group on GPUs."""
+def body_compared(group, device, *, on_gpus, checks) -> None:
+    """Every call on a CPU group, or as asked; once for each new signature of a group on GPUs."""
     forget_agreements()
     compared = []
 
@@ -172,8 +173,8 @@ def body_compared(group, device, *, on_gpus) -> None:
     where = mock.Mock(return_value=torch.device("cuda" if on_gpus else "cpu"))
     with mock.patch.object(plan_module, "agree", recording), mock.patch.object(plan_module, "group_device", where):
         for heads in (2, 4, 2, 4):
-            call(plan, heads=heads)
-    assert len(compared) == (2 if on_gpus else 4)
+            call(plan, heads=heads, checks=checks)
+    assert len(compared) == (2 if on_gpus and checks == "auto" else 4)
 
 
 LATER = {
@@ -270,3 +271,30 @@ def test_a_plan_does_not_keep_its_group_alive():
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
     assert "the plan's process group has been destroyed; make a new plan" in result.stdout
+
+
+def test_auto_falls_back_where_symmetric_memory_is_not_possible():
+    run_on_ranks(2, body_fall_back)
+
+
+def body_fall_back(group, device) -> None:
+    """As on GPUs without NVLink: one warning on the first rank, and NCCL; asked for by name, an error on every rank."""
+    rank = dist.get_rank(group)
+    on_gpus = mock.patch.object(plan_module, "group_device", return_value=torch.device("cuda"))
+    nccl = mock.patch.object(plan_module, "backend_for", return_value="nccl")
+    refused = mock.patch.object(plan_module, "connect", return_value="cp rank 1: no NVLink")
+    with on_gpus, nccl, refused as connect, mock.patch.object(plan_module._log, "warning") as warning:
+        for _ in range(2):
+            assert plan_module._transport("auto", group).name == "nccl"
+        with pytest.raises(
+            RuntimeError, match="transport='symm_mem' is not possible in this group: cp rank 1: no NVLink; use 'auto'"
+        ):
+            plan_module._transport("symm_mem", group)
+        assert connect.call_count == 1
+        assert warning.call_count == (1 if rank == 0 else 0)
+    del plan_module._symmetric[group]
+    with pytest.raises(ValueError, match="transport='symm_mem' is for GPUs, and the group's backend is"):
+        make_cp_plan(12, group=group, transport="symm_mem")
+    with pytest.raises(ValueError, match=r"transport='nccl' needs a group with that backend for its device \(cpu\), got"):
+        make_cp_plan(12, group=group, transport="nccl")
+    assert make_cp_plan(12, group=group, transport="gloo").transport.name == "gloo"
