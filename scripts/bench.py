@@ -423,7 +423,7 @@ def write(args: argparse.Namespace, rows: list[Row]) -> None:
         "command": shlex.join(["scripts/bench.py", *("DIR" if word == str(args.out) else word for word in sys.argv[1:])]),
     }
     shape = ("batch", "tokens", "heads", "heads_kv", "head_dim", "ranks")
-    results = ("measured", "median_us", "p20_us", "p80_us", "rounds", "percent_of_plain", "passes_over_out", "mib")
+    results = ("measured", "median_us", "p20_us", "p80_us", "rounds", "percent_of_plain", "percent", "passes_over_out", "mib")
     args.out.mkdir(parents=True, exist_ok=True)
     with (args.out / f"{args.what}.csv").open("w", newline="") as file:
         writer = csv.DictWriter(file, [*shape, *results, *origin], restval="")

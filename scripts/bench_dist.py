@@ -194,10 +194,11 @@ def both(function: Callable[[], Any], leaves: tuple[Tensor, ...], gradient: Tens
 
 def describe(row: Row) -> str | None:
     """One line for the terminal."""
-    if row.get("percent_of_plain") is None:
+    percent = row.get("percent_of_plain", row.get("percent"))
+    if percent is None:
         return None
     median = f"{row['median_us'] / 1e3:9.3f} ms" if "median_us" in row else ""
-    return f"{row['tokens']:6d} tokens {row['measured']:50s} {median} {row['percent_of_plain']:6.2f}%"
+    return f"{row['tokens']:6d} tokens {row['measured']:50s} {median} {percent:6.2f}%"
 
 
 def exposed_rows(args: argparse.Namespace, tokens: int) -> list[Row]:
@@ -209,8 +210,8 @@ def exposed_rows(args: argparse.Namespace, tokens: int) -> list[Row]:
     events = profiled_step(args, plan)
     stream = max({e["stream"] for e in events}, key=lambda s: sum(e["us"] for e in events if e["stream"] == s and e["compute"]))
     busy = sorted((e["start"], e["start"] + e["us"]) for e in events if e["stream"] == stream and e["compute"])
-    span = busy[-1][1] - busy[0][0]
-    idle = sum(max(0.0, later[0] - earlier[1]) for earlier, later in itertools.pairwise(busy))
+    span = busy[-1][1]  # from where all ranks are ready on
+    idle = busy[0][0] + sum(max(0.0, later[0] - earlier[1]) for earlier, later in itertools.pairwise(busy))
     figures = torch.zeros(dist.get_world_size(), 2, device="cuda", dtype=torch.float64)
     figures[dist.get_rank()] = torch.tensor([idle, span])
     dist.all_reduce(figures)
@@ -298,8 +299,8 @@ def memory_rows(args: argparse.Namespace, tokens: int) -> list[Row]:
     dist.all_reduce(peak, op=dist.ReduceOp.MAX)
     shape = {"tokens": tokens, "heads": HEADS, "heads_kv": HEADS_KV, "head_dim": 128, "ranks": dist.get_world_size()}
     return [
-        {**shape, "measured": "memory: peak over q, k, v, out and gradients", "percent_of_plain": 100 * peak.item() / tensors},
-        {**shape, "measured": "memory: arena over k and v", "percent_of_plain": 100 * arena / (k.nbytes + v.nbytes)},
+        {**shape, "measured": "memory: peak over q, k, v, out and gradients", "percent": 100 * peak.item() / tensors},
+        {**shape, "measured": "memory: arena over k and v", "percent": 100 * arena / (k.nbytes + v.nbytes)},
     ]
 
 
@@ -316,6 +317,6 @@ def balance_rows() -> list[Row]:
                 work = [sum(causal_pairs(tokens_, documents) for tokens_ in ranges) for ranges in layout(tokens, ranks, documents)]
                 leads.append(100 * (max(work) * ranks / sum(work) - 1))
             assert all(math.isfinite(lead) for lead in leads)
-            row = {"tokens": tokens, "ranks": ranks, "percent_of_plain": statistics.mean(leads)}
+            row = {"tokens": tokens, "ranks": ranks, "percent": statistics.mean(leads)}
             rows.append({**row, "measured": f"balance: busiest rank over the mean, {ranks} ranks, {name}"})
     return rows

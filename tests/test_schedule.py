@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from magi_sink_cp.dist.layout import BALANCED_CHUNKS, LAYOUTS, causal_pairs, num_tokens, zigzag
-from magi_sink_cp.dist.schedule import CAUSAL, FULL, Schedule, build_schedule
+from magi_sink_cp.dist.schedule import CAUSAL, FULL, KernelCall, Schedule, build_schedule, visible_pairs
 from magi_sink_cp.kernels.reference import document_mask
 from tests.helpers import offsets
 
@@ -21,6 +21,12 @@ PATIENCE = 3  # 2 s is the promise on a core of its own; a shared test machine g
 def documents_of(lengths):
     cu = offsets(lengths)
     return [(lo, hi) for lo, hi in itertools.pairwise(cu) if hi > lo]
+
+
+def pairs_of(call: KernelCall) -> int:
+    """Visible (query, key) pairs: the kernel's work."""
+    lengths = ((hi - lo for lo, hi in itertools.pairwise(offsets)) for offsets in (call.cu_seqlens_q, call.cu_seqlens_k))
+    return sum(visible_pairs(num_q, num_k, *call.window_size) for num_q, num_k in zip(*lengths, strict=True))
 
 
 def local_tokens(layout, rank) -> list[int]:
@@ -54,7 +60,7 @@ def simulate(
                     counts[torch.tensor(block_rows)[:, None], torch.tensor(block_keys)[None, :]] += mask
                     pairs += int(mask.sum())
                     seen_by_stage.update(key for key, seen in zip(block_keys, mask.any(0).tolist(), strict=True) if seen)
-                assert call.pairs == pairs
+                assert pairs_of(call) == pairs
                 if call.first:
                     assert not set(call_rows) & set(written), "a call writes rows that another one wrote"
                     written += call_rows
@@ -215,7 +221,7 @@ def test_zigzag_balances_a_causal_document(cp_size):
     layout = zigzag(cp_size * 64, cp_size)
     work = [
         [
-            sum(call.pairs for call in stage.calls)
+            sum(pairs_of(call) for call in stage.calls)
             for stage in build_schedule(layout, [(0, cp_size * 64)], CAUSAL, rank, cp_size - 1).stages
         ]
         for rank in range(cp_size)

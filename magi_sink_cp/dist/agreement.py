@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import weakref
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
@@ -63,7 +64,7 @@ def agree(record: Mapping[str, object] | Exception, group: ProcessGroup, what: s
         content = {"error": f"{type(record).__name__}: {record}"[:600]}  # at most 600 · 6 bytes as JSON
     else:
         content |= record
-    records = collect(content, group)
+    records = collect(content, group, what)
     if isinstance(record, Exception):
         raise record
     for rank, other in enumerate(records):
@@ -76,7 +77,16 @@ def agree(record: Mapping[str, object] | Exception, group: ProcessGroup, what: s
             raise ValueError(f"{what}: all ranks of the cp group must be given the same {name}, got {text}")
 
 
-def collect(record: Mapping[str, object], group: ProcessGroup) -> list[dict[str, Any]]:
+@contextlib.contextmanager
+def failing_as(what: str) -> Iterator[None]:
+    """A collective that fails or times out in this block says what it was for."""
+    try:
+        yield
+    except RuntimeError as error:
+        raise RuntimeError(f"{what} failed; a rank has died, hangs, or made other calls: {error}") from error
+
+
+def collect(record: Mapping[str, object], group: ProcessGroup, what: str) -> list[dict[str, Any]]:
     """Every rank's record, in the order of the ranks. Every rank of the group must call this."""
     encoded = json.dumps(record, ensure_ascii=False).encode()
     if len(encoded) > _RECORD_BYTES:
@@ -85,6 +95,7 @@ def collect(record: Mapping[str, object], group: ProcessGroup) -> list[dict[str,
     # collective, in which every rank takes part; in a stage of attention some have nothing to send.
     mine = torch.frombuffer(bytearray(encoded.ljust(_RECORD_BYTES)), dtype=torch.uint8).to(group_device(group))
     gathered = mine.new_empty(dist.get_world_size(group) * _RECORD_BYTES)
-    dist.all_gather(list(gathered.split(_RECORD_BYTES)), mine, group=group)
+    with failing_as(f"{what}: comparing arguments over the cp group"):
+        dist.all_gather(list(gathered.split(_RECORD_BYTES)), mine, group=group)
     raw = bytes(gathered.tolist())
     return [json.loads(raw[i : i + _RECORD_BYTES]) for i in range(0, len(raw), _RECORD_BYTES)]

@@ -16,10 +16,10 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from magi_sink_cp.dist.agreement import GroupRef, Signature, backend_for
+from magi_sink_cp.dist.agreement import GroupRef, Signature, failing_as
 from magi_sink_cp.dist.layout import Range
 from magi_sink_cp.dist.plan import CPPlan
-from magi_sink_cp.dist.schedule import CAUSAL, FULL, KernelCall, Schedule, Stage
+from magi_sink_cp.dist.schedule import CAUSAL, FULL, Exchange, KernelCall, Schedule, Stage
 from magi_sink_cp.dist.transport import Transfer, Transport
 from magi_sink_cp.kernels.accumulate import MAX_TERMS, Term, accumulate
 from magi_sink_cp.kernels.dsink import sink_gradient
@@ -161,7 +161,7 @@ def _known_call(q: Tensor, k: Tensor, v: Tensor, sink: Tensor | None, plan: CPPl
         key = (
             *((type(x), x.shape, x.dtype, x.device, x.requires_grad) for x in tensors),
             torch.is_grad_enabled(),
-            *(tuple(option) if isinstance(option, list) else option for option in options),
+            *map(_exactly, options),
         )
         call = plan.calls.get(key)
     except (AttributeError, TypeError):  # something that is no tensor, or cannot be looked up
@@ -175,6 +175,13 @@ def _known_call(q: Tensor, k: Tensor, v: Tensor, sink: Tensor | None, plan: CPPl
 
 
 _MOST_CALLS = 256
+
+
+def _exactly(option: object) -> tuple[object, ...]:
+    """The option with its types, as 1, 1.0 and True are equal, and are not all allowed."""
+    if isinstance(option, list | tuple):
+        return type(option), *((type(x), x) for x in option)
+    return type(option), option
 
 
 def _check_call(
@@ -199,7 +206,10 @@ def _check_call(
     else:
         check_qkv(q, k, v, 3, "(plan.local_tokens, heads, head_dim) or (batch, plan.local_tokens, heads, head_dim)")
     if v.shape != k.shape:
-        raise ValueError(f"k and v must have one shape across ranks, got k {tuple(k.shape)} and v {tuple(v.shape)}")
+        raise ValueError(
+            f"k and v must have the same shape (a head_dim of its own for v works on one device), got {tuple(k.shape)} and "
+            f"{tuple(v.shape)}"
+        )
     for name, x in (("q", q), ("k", k)):
         if x.shape[-3] != plan.local_tokens:
             raise ValueError(f"{name} must have the plan's local_tokens, {plan.local_tokens}, as its tokens, got {tuple(x.shape)}")
@@ -222,9 +232,8 @@ def _check_call(
     exact = stat_dtype(q.dtype)
     if grad_reduce_dtype not in (None, exact, q.dtype):
         raise ValueError(f"grad_reduce_dtype must be {exact} or the dtype of k, {q.dtype}, got {grad_reduce_dtype!r}")
-    if plan.group is not None and backend_for(plan.group, q.device.type) is None:
-        config = dist.get_backend_config(plan.group)
-        raise ValueError(f"q, k and v must be on a device that the plan's group ({config}) can send from, got {q.device}")
+    if plan.transport is not None and q.device != plan.device:
+        raise ValueError(f"q, k and v must be on the plan's device, {plan.device}, got {q.device}")
     chosen = select_backend(backend, q, Call(params))
     # Token counts are the plan's, which its ranks have compared already.
     signature: dict[str, object] = {
@@ -275,18 +284,21 @@ class _CPAttentionWithSink(torch.autograd.Function):
         out = torch.empty_like(q, memory_format=torch.contiguous_format)
         own: list[Partial] = []  # of calls that write their rows of out themselves
         partials: list[Partial] = []
-        for stage, k_stage, v_stage in _stages(k, v, call.schedule.stages, call):
-            for kernel in stage.calls:
-                rows, keys = slice(*kernel.rows), slice(*kernel.keys)
-                partial = _forward_kernel(q[rows], k_stage[keys], v_stage[keys], kernel, call, out[rows] if kernel.first else None)
-                if kernel.first:
-                    own.append(partial)
-                    continue
-                if not partials:
-                    partials = [_together(own, q, out)]
-                elif len(partials) == MAX_PARTIALS:
-                    partials = [Partial(*merge(partials, out_dtype=stat_dtype(q.dtype)))]
-                partials.append(partial)
+        with _Flight(call) as flight:
+            for stage, k_stage, v_stage in _stages(k, v, call.schedule.stages, flight):
+                for kernel in stage.calls:
+                    rows, keys = slice(*kernel.rows), slice(*kernel.keys)
+                    partial = _forward_kernel(
+                        q[rows], k_stage[keys], v_stage[keys], kernel, call, out[rows] if kernel.first else None
+                    )
+                    if kernel.first:
+                        own.append(partial)
+                        continue
+                    if not partials:
+                        partials = [_together(own, q, out)]
+                    elif len(partials) == MAX_PARTIALS:
+                        partials = [Partial(*merge(partials, out_dtype=stat_dtype(q.dtype)))]
+                    partials.append(partial)
         out, lse = merge(partials or [_together(own, q, out)], sink, out=out)
         ctx.save_for_backward(q, k, v, sink, out, lse)
         if call.real_tokens < call.local_tokens:  # the padding's lse, the sink alone, must not reach a loss on lse
@@ -313,46 +325,71 @@ class _CPAttentionWithSink(torch.autograd.Function):
         dk, dv = (_GradientSum(x, call.grad_reduce_dtype) for x in (k, v))
         dq.add(own_dq, [((0, q.shape[0]), (0, q.shape[0]))])
         dsink = _SinkGradient(sink, lse, call) if ctx.needs_input_grad[3] else None
-        homeward: tuple[Stage, Transfer] | None = None
-        for stage, k_stage, v_stage in _stages(k, v, stages, call):
-            # A local stage's keys are those of dk and dv; others' gradients are put together to travel.
-            dk_stage, dv_stage = (dk, dv) if stage.local else (_GradientSum(x, call.grad_reduce_dtype) for x in (k_stage, v_stage))
-            for kernel in stage.calls:
-                rows, keys = slice(*kernel.rows), slice(*kernel.keys)
-                target = own_dq[rows] if kernel.first else None
-                grads = _backward_kernel(dout, q, k_stage[keys], v_stage[keys], out, lse, dlse, kernel, call, target)
-                for total, part in ((dk_stage, grads.dk), (dv_stage, grads.dv)):
-                    total.add(part, [(kernel.keys, (0, part.shape[0]))])
-                if not kernel.first:
-                    dq.add(grads.dq, [(kernel.rows, (0, grads.dq.shape[0]))])
-                elif dsink is not None:
-                    dsink.add(grads.delta, out[rows], dout[rows], None if dlse is None else dlse[:, rows], rows)
-            leaving: tuple[Stage, Transfer] | None = None
-            if not stage.local:
-                grads_here = dk_stage.result(), dv_stage.result()
-                leaving = stage, call.transport.start(grads_here, stage.reduce)
-                for total, part in zip((dk, dv), grads_here, strict=True):
-                    total.add(part, stage.own)
-            if dsink is not None and stage is all_rows_seen:
-                dsink.reduce()
-            if stage is not stages[-1]:
-                dq.fold()
-            if homeward is not None:
-                _add_arrived(*homeward, dk, dv)
-                dk.fold()
-                dv.fold()
-                homeward[1].release()
-            homeward = leaving
-        if homeward is None:
-            return dq.result(), dk.result(), dv.result(), None if dsink is None else dsink.wait(), None
-        grad_q = dq.result()  # while the last gradients travel
-        _add_arrived(*homeward, dk, dv)
-        grad_k, grad_v = dk.result(), dv.result()
-        homeward[1].release()
-        return grad_q, grad_k, grad_v, None if dsink is None else dsink.wait(), None
+        with _Flight(call) as flight:
+            homeward: tuple[Stage, Transfer] | None = None
+            for stage, k_stage, v_stage in _stages(k, v, stages, flight):
+                # A local stage's keys are those of dk and dv; others' gradients are put together to travel.
+                dk_stage, dv_stage = dk, dv
+                if not stage.local:
+                    dk_stage, dv_stage = (_GradientSum(x, call.grad_reduce_dtype) for x in (k_stage, v_stage))
+                for kernel in stage.calls:
+                    rows, keys = slice(*kernel.rows), slice(*kernel.keys)
+                    target = own_dq[rows] if kernel.first else None
+                    grads = _backward_kernel(dout, q, k_stage[keys], v_stage[keys], out, lse, dlse, kernel, call, target)
+                    for total, part in ((dk_stage, grads.dk), (dv_stage, grads.dv)):
+                        total.add(part, [(kernel.keys, (0, part.shape[0]))])
+                    if not kernel.first:
+                        dq.add(grads.dq, [(kernel.rows, (0, grads.dq.shape[0]))])
+                    elif dsink is not None:
+                        dsink.add(grads.delta, out[rows], dout[rows], None if dlse is None else dlse[:, rows], rows)
+                leaving: tuple[Stage, Transfer] | None = None
+                if not stage.local:
+                    grads_here = dk_stage.result(), dv_stage.result()
+                    leaving = stage, flight.start(grads_here, stage.reduce)
+                    for total, part in zip((dk, dv), grads_here, strict=True):
+                        total.add(part, stage.own)
+                if dsink is not None and stage is all_rows_seen:
+                    dsink.reduce()
+                if stage is not stages[-1]:
+                    dq.fold()
+                if homeward is not None:
+                    _add_arrived(*homeward, dk, dv)
+                    dk.fold()
+                    dv.fold()
+                    homeward[1].release()
+                homeward = leaving
+            if homeward is None:
+                return dq.result(), dk.result(), dv.result(), None if dsink is None else dsink.wait(), None
+            grad_q = dq.result()  # while the last gradients travel
+            _add_arrived(*homeward, dk, dv)
+            grad_k, grad_v = dk.result(), dv.result()
+            homeward[1].release()
+            return grad_q, grad_k, grad_v, None if dsink is None else dsink.wait(), None
 
 
-def _stages(k: Tensor, v: Tensor, stages: Sequence[Stage], call: _Call) -> Iterator[tuple[Stage, Tensor, Tensor]]:
+class _Flight:
+    """The transfers of one pass; if it fails, none is left behind under way."""
+
+    def __init__(self, call: _Call) -> None:
+        self._call = call
+        self._transfers: list[Transfer] = []
+
+    def start(self, tensors: Sequence[Tensor], exchange: Exchange, own: Sequence[tuple[Range, Range]] = ()) -> Transfer:
+        """Transport.start."""
+        transfer = self._call.transport.start(tensors, exchange, own)
+        self._transfers.append(transfer)
+        return transfer
+
+    def __enter__(self) -> _Flight:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        if kind is not None:
+            for transfer in self._transfers:
+                transfer.abandon()
+
+
+def _stages(k: Tensor, v: Tensor, stages: Sequence[Stage], flight: _Flight) -> Iterator[tuple[Stage, Tensor, Tensor]]:
     """Yield (stage, its k, its v), one by one, with the next stage's keys already on their way."""
     arriving: Transfer | None = None
     for number, stage in enumerate(stages):
@@ -362,7 +399,7 @@ def _stages(k: Tensor, v: Tensor, stages: Sequence[Stage], call: _Call) -> Itera
             k_stage, v_stage = here.buffers
         if number + 1 < len(stages):
             coming = stages[number + 1]
-            arriving = call.transport.start((k, v), coming.cast, coming.own)
+            arriving = flight.start((k, v), coming.cast, coming.own)
         yield stage, k_stage, v_stage
         if here is not None:
             here.release()
@@ -475,8 +512,8 @@ class _GradientSum:
     def _sum(self, dtype: torch.dtype) -> Tensor:
         """The sum in ``dtype``, in the memory of the first contribution if that has all rows and this dtype."""
         first, rows = self._terms[0], self._like.shape[0]
-        whole = first.tensor.dtype == dtype and (first.start, first.stop) == (0, rows)
-        out = first.tensor[first.first : first.first + rows] if whole else torch.empty_like(self._like, dtype=dtype)
+        whole = first.tensor.dtype == dtype and (first.start, first.stop, first.tensor.shape[0]) == (0, rows, rows)
+        out = first.tensor if whole else torch.empty_like(self._like, dtype=dtype)
         if not whole or len(self._terms) > 1:
             accumulate(self._terms, out)
         return out
@@ -513,7 +550,8 @@ class _SinkGradient:
     def wait(self) -> Tensor:
         assert self._dsink is not None, "reduce() comes first"
         if self._work is not None:
-            self._work.wait()
+            with failing_as("cp_attention_with_sink: all-reduce of dsink over the cp group"):
+                self._work.wait()
         total = self._dsink / self._call.cp_size if self._call.dsink_reduce == "avg" else self._dsink
         return total.to(self._sink.dtype)
 

@@ -48,11 +48,18 @@ def wait_flag(address: int, value: int, stream: int) -> None:
     )
 
 
-class Event:
-    """A point in a stream that other streams can wait for; its handle is used again when nobody holds it any more."""
+Handle = ctypes.c_void_p
 
-    def __init__(self, stream: int) -> None:
-        self._event = _free_events.pop() if _free_events else _new_event()
+
+class Event:
+    """A point in a stream that other streams can wait for; its handle goes back to ``free`` when nobody holds it any more."""
+
+    def __init__(self, stream: int, free: list[Handle]) -> None:
+        self._free = free
+        try:
+            self._event = free.pop()
+        except IndexError:
+            self._event = _new_event()
         _check(_driver().cuEventRecord(self._event, _handle(stream)), "cuEventRecord")
 
     def hold(self, stream: int) -> None:
@@ -60,14 +67,12 @@ class Event:
         _check(_driver().cuStreamWaitEvent(_handle(stream), self._event, 0), "cuStreamWaitEvent")
 
     def __del__(self) -> None:
-        _free_events.append(self._event)
+        if hasattr(self, "_event"):
+            self._free.append(self._event)
 
 
-_free_events: list[ctypes.c_void_p] = []
-
-
-def _new_event() -> ctypes.c_void_p:
-    event = ctypes.c_void_p()
+def _new_event() -> Handle:
+    event = Handle()
     _check(_driver().cuEventCreate(ctypes.byref(event), _DISABLE_TIMING), "cuEventCreate")
     return event
 

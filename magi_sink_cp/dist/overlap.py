@@ -35,7 +35,7 @@ PARTIAL_BYTES = {"forward": 2, "backward": 16}
 PAIR_FLOPS = {"forward": 4, "backward": 10}
 # What degree 0, and what any other, adds to the computation of rows that see remote keys, as a part of it.
 SLOWER = {"forward": (0.0, 0.045), "backward": (0.025, 0.0)}
-# Keys of at most so many ranks stand in a buffer at once: what a rank holds does not grow with cp_size.
+# A buffer holds at most so many times the rank's own keys: what a rank holds does not grow with cp_size.
 MAX_SHARDS = 4
 
 
@@ -67,7 +67,7 @@ class Work:
 
 def choose_overlap_degrees(work: Work, cp_size: int, link: str) -> tuple[int, int]:
     """The degrees of forward and backward with the least cost; equal on all ranks, as the arguments are."""
-    degrees = [degree for degree in range(cp_size) if _shards(cp_size, degree) <= MAX_SHARDS] or [cp_size - 1]
+    degrees = [n for n in range(cp_size) if buffer_tokens(work, n) <= MAX_SHARDS * work.rows] or [cp_size - 1]
     forward, backward = (
         min(degrees, key=lambda degree: cost_s(work, cp_size, degree, link, way)) for way in ("forward", "backward")
     )
@@ -95,6 +95,6 @@ def cost_s(work: Work, cp_size: int, degree: int, link: str, way: str) -> float:
     return degree * (partial + exposed) + slower * computation + (trips - 1) * transfer + calls * CALL_S
 
 
-def _shards(cp_size: int, degree: int) -> int:
-    """How many ranks' keys the largest stage brings together."""
-    return cp_size if degree == 0 else -(-(cp_size - 1) // degree)
+def buffer_tokens(work: Work, degree: int) -> float:
+    """Keys that stand together in a stage's buffer, on average."""
+    return work.remote_keys / degree if degree else work.remote_keys + work.rows

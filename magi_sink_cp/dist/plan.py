@@ -17,7 +17,7 @@ from torch.autograd.function import once_differentiable
 from torch.distributed import ProcessGroup
 from torch.distributed.device_mesh import DeviceMesh
 
-from magi_sink_cp.dist.agreement import GroupRef, Signature, agree, backend_for, group_device
+from magi_sink_cp.dist.agreement import GroupRef, Signature, agree, backend_for, failing_as, group_device
 from magi_sink_cp.dist.layout import LAYOUTS, Range, RankRanges, num_tokens, union
 from magi_sink_cp.dist.overlap import Work, choose_overlap_degrees
 from magi_sink_cp.dist.schedule import (
@@ -37,9 +37,6 @@ _UNSHARD = "CPPlan.unshard (or shard's backward)"
 TRANSPORTS = ("auto", "nccl", "gloo", "symm_mem")
 
 _log = logging.getLogger("magi_sink_cp")
-
-# Call signatures that the ranks of a group have agreed on, so that a signature is compared once and not once a step.
-_agreed: weakref.WeakKeyDictionary[ProcessGroup, set[str]] = weakref.WeakKeyDictionary()
 
 # Each group's symmetric memory, or why it has none.
 _symmetric: weakref.WeakKeyDictionary[ProcessGroup, SymmetricMemory | str] = weakref.WeakKeyDictionary()
@@ -108,10 +105,10 @@ class CPPlan:
         real_tokens: tokens of this rank that are not padding; they come first.
         rank, cp_size: this rank within the cp group, and its size (0 and 1 without a group).
         group: the ProcessGroup, or None; the plan does not keep it alive.
+        device: where position_ids and token_mask are: the group's (the current GPU for NCCL, the CPU for gloo); without a group
+            that of cu_seqlens if it is a tensor, else the current GPU if there is one.
         transport: how keys travel, or None if they do not (one rank). Its name is what "auto" has chosen.
 
-    position_ids and token_mask are on the group's device (the current GPU for NCCL, the CPU for gloo); without a group, on the
-    device of cu_seqlens if that is a tensor, else on the current GPU if there is one.
     """
 
     def __init__(
@@ -129,6 +126,7 @@ class CPPlan:
         self.cp_size = 1 if group is None else dist.get_world_size(group)
         self.layout: tuple[RankRanges, ...] = LAYOUTS[layout](total_tokens, self.cp_size, documents)
         self.transport = transport
+        self.device = device
         self.documents = documents
         self.local_tokens = num_tokens(self.layout[self.rank])
         self.pad_tokens = self.cp_size * self.local_tokens - total_tokens
@@ -139,7 +137,9 @@ class CPPlan:
         self.position_ids = torch.where(real, position, 0).to(device)
         self.token_mask = real.to(device)
         self.real_tokens = int(real.sum())
-        self._digest = _sha256((total_tokens, layout, documents))
+        self._digest = _sha256((total_tokens, layout, documents, None if transport is None else transport.name))
+        # Call signatures that the ranks have agreed on for this plan, so that each is compared once and not once a step.
+        self._agreed: set[str] = set()
         # Calls that have been checked (attention.py), by what was checked.
         self.calls: dict[tuple[object, ...], Any] = {}
         self._schedules: dict[tuple[Window, int, int], Schedule] = {}
@@ -238,22 +238,21 @@ class CPPlan:
     def agree(self, signature: Signature | Exception, what: str, always: bool = False) -> None:
         """Compare a call's signature over the ranks: every time, or on GPUs, unless ``always``, the first time.
 
-        On GPUs an exception is exchanged only while the group has agreed on nothing yet: after that the others may be past this.
+        On GPUs an exception is exchanged only while the ranks have agreed on nothing yet: after that the others may be past this.
         """
         group = self.group
         if group is None:
             if isinstance(signature, Exception):
                 raise signature
             return
-        seen = _agreed.setdefault(group, set())
         every_time = always or group_device(group).type == "cpu"
         if isinstance(signature, Exception):
-            if seen and not every_time:
+            if self._agreed and not every_time:
                 raise signature
             agree(signature, group, what)
-        elif every_time or signature.key not in seen:
+        elif every_time or signature.key not in self._agreed:
             agree({"plan (sha256)": self._digest, **signature.content}, group, what)
-            seen.add(signature.key)
+            self._agreed.add(signature.key)
 
     def _check_size(self, x: Tensor, dim: int, size: int, what: str) -> None:
         if not isinstance(x, Tensor):
@@ -297,7 +296,8 @@ class _Along:
             gathered = local.new_empty(plan.cp_size * plan.local_tokens, *local.shape[1:])
             if local.numel():  # as bytes, because gloo does not gather every dtype
                 parts = gathered.view(plan.cp_size, -1).view(torch.uint8)
-                dist.all_gather(list(parts), local.view(-1).view(torch.uint8), group=plan.group)
+                with failing_as(f"{_UNSHARD}: all-gather over the cp group"):
+                    dist.all_gather(list(parts), local.view(-1).view(torch.uint8), group=plan.group)
         pieces = []
         for rank, ranges in enumerate(plan.layout):
             base = rank * plan.local_tokens
@@ -343,6 +343,8 @@ def _process_group(group: ProcessGroup | DeviceMesh | None) -> ProcessGroup | No
         if group.ndim != 1:
             raise ValueError(f"group must be a 1-D DeviceMesh (for example mesh['cp']), got one of shape {tuple(group.shape)}")
         group = group.get_group()
+    if group is dist.GroupMember.NON_GROUP_MEMBER:
+        raise ValueError("group must contain the calling rank, and this rank is not a member of it")
     if not isinstance(group, ProcessGroup):
         raise TypeError(f"group must be a ProcessGroup, a 1-D DeviceMesh or None, got {type(group).__name__}")
     if dist.get_rank(group) < 0:

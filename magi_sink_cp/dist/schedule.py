@@ -63,17 +63,6 @@ class KernelCall:
     window_size: Window
     first: bool
 
-    @property
-    def pairs(self) -> int:
-        """Visible (query, key) pairs: the kernel's work."""
-        left, right = self.window_size
-        total = 0
-        for b in range(len(self.cu_seqlens_q) - 1):
-            num_q = self.cu_seqlens_q[b + 1] - self.cu_seqlens_q[b]
-            num_k = self.cu_seqlens_k[b + 1] - self.cu_seqlens_k[b]
-            total += visible_pairs(num_q, num_k, left, right)
-        return total
-
 
 def visible_pairs(num_q: int, num_k: int, left: int, right: int) -> int:
     """(query, key) pairs that a window (left, right), aligned to the bottom right, lets through; -1 is unlimited."""

@@ -42,6 +42,8 @@ _READY, _ARRIVED = 0, 1
 _FLAG_BYTES = 128
 _ALIGNMENT = 256
 _GRANULE = 2 << 20
+# Packed documents make buffers of ever new sizes.
+_MOST_VIEWS = 128
 
 
 class Arena(Protocol):
@@ -151,10 +153,10 @@ class SymmetricMemory(Transport):
             return
         if any(part.free is None for part in self._parts):
             raise RuntimeError("a transfer that needs more symmetric memory was started while another one is in flight")
-        self._parts, self._views = [], {}
+        eighth = max(_GRANULE, 1 << max(0, num_bytes.bit_length() - 4))  # so that slowly growing needs seldom come here
         self._streams.idle()  # nobody reads or writes the arena
-        del self._arena
-        self._arena, self._count = self._streams.allocate(num_bytes), 0
+        self._arena = self._streams.allocate(-(-num_bytes // eighth) * eighth)
+        self._parts, self._views, self._count = [], {}, 0
 
     def _take(self, begin: int, end: int, exchange: Exchange) -> _Part:
         """The bytes as a part of this exchange, for both streams that write here after what has used them before."""
@@ -177,6 +179,8 @@ class SymmetricMemory(Transport):
         shape = (tokens, *like.shape[1:])
         key = (offset, shape, like.dtype)
         if key not in self._views:
+            if len(self._views) >= _MOST_VIEWS:
+                self._views.clear()
             size = math.prod(shape) * like.element_size()
             self._views[key] = self._arena.buffer[offset : offset + size].view(like.dtype).view(shape)
         return self._views[key]
@@ -215,14 +219,13 @@ class _SymmetricTransfer(Transfer):
         if self._arrivals:
             self._streams.watch(self._exchange)
 
-    def release(self) -> None:
+    def _release(self) -> None:
         calling = self._streams.calling()
         self._part.free = self._streams.record(calling)
         if self._sent is not None:
             self._streams.wait(calling, self._sent)
-            if not self._arrivals:
-                self._streams.watch(self._exchange)
-        self.buffers, self._tensors = [], []
+            self._streams.watch(self._exchange)
+        self._tensors = []
 
 
 class _CudaArena:
@@ -242,6 +245,7 @@ class _Cuda:
         # With priority, so that a ready copy does not queue behind kernels where the hardware shares queues.
         self._streams = [torch.cuda.Stream(self._device, priority=-1) for _ in range(2)]
         self._copying, self._copying_own = (stream.cuda_stream for stream in self._streams)
+        self._free_events: list[driver.Handle] = []
 
     def check(self) -> None:
         if torch.cuda.is_current_stream_capturing():
@@ -250,11 +254,18 @@ class _Cuda:
             )
 
     def allocate(self, num_bytes: int) -> Arena:
-        size = -(-num_bytes // _GRANULE) * _GRANULE
-        with _without_multicast():
-            buffer = symm_mem.empty(size, dtype=torch.uint8, device=self._device)
-        buffer.zero_()
-        torch.cuda.synchronize(self._device)
+        buffer, reason = None, None
+        try:
+            with _without_multicast():
+                buffer = symm_mem.empty(num_bytes, dtype=torch.uint8, device=self._device)
+            buffer.zero_()
+            torch.cuda.synchronize(self._device)
+        except Exception as error:  # whatever the driver or torch says, it is the reason
+            reason = f"{num_bytes} bytes of symmetric memory: {type(error).__name__}: {error}"[:400]
+        # The others must not wait in the rendezvous for a rank that does not come.
+        if reason := _first_reason(collect({"reason": reason}, self._group(), "symmetric memory")):
+            raise RuntimeError(reason)
+        assert buffer is not None, "there was no reason against it"
         arena = _CudaArena(buffer, self._group())
         self.idle()  # everybody's flags are zero
         return arena
@@ -275,7 +286,7 @@ class _Cuda:
         return self._copying_own
 
     def record(self, stream: int) -> object:
-        return driver.Event(stream)
+        return driver.Event(stream, self._free_events)
 
     def wait(self, stream: int, event: object) -> None:
         assert isinstance(event, driver.Event)
@@ -311,7 +322,7 @@ def _without_multicast() -> Iterator[None]:
 
 def connect(group: ProcessGroup) -> SymmetricMemory | str:
     """The group's transport, or, on every rank, why there is none. Every rank of the group must call this."""
-    records = collect({"reason": _missing_here(), "host": _host()}, group)
+    records = collect({"reason": _missing_here(), "host": _host()}, group, "symmetric memory")
     if reason := _first_reason(records):
         return reason
     if len({record["host"] for record in records}) > 1:
@@ -321,7 +332,7 @@ def connect(group: ProcessGroup) -> SymmetricMemory | str:
         transport = SymmetricMemory(dist.get_rank(group), dist.get_world_size(group), _Cuda(group))
     except Exception as error:  # whatever the driver or torch says, it is the reason
         reason = f"setting up symmetric memory failed: {type(error).__name__}: {error}"[:400]
-    reason = _first_reason(collect({"reason": reason}, group))
+    reason = _first_reason(collect({"reason": reason}, group, "symmetric memory"))
     return transport if transport is not None and reason is None else str(reason)
 
 

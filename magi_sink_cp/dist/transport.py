@@ -7,6 +7,7 @@ ones in the same order, as with any collective. :class:`PointToPoint` does it ov
 
 from __future__ import annotations
 
+import contextlib
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -32,7 +33,7 @@ class Transfer(ABC):
     def __init__(self, exchange: Exchange, buffers: list[Tensor]) -> None:
         self.buffers = buffers
         self._exchange = exchange
-        self._waited = False
+        self._waited = self._released = False
 
     def wait(self) -> None:
         """Make the current stream (on GPUs) or this thread (on CPUs) wait for what fills the buffers.
@@ -48,9 +49,22 @@ class Transfer(ABC):
     @abstractmethod
     def _wait(self) -> None: ...
 
-    @abstractmethod
     def release(self) -> None:
         """Everything that reads the buffers is enqueued on the current stream, and what comes next may change what was sent."""
+        self._released = True
+        self._release()
+        self.buffers = []
+
+    @abstractmethod
+    def _release(self) -> None: ...
+
+    def abandon(self) -> None:
+        """After a failure: let the messages finish if they can, so that the ranks, if all of them failed, can go on."""
+        with contextlib.suppress(RuntimeError):
+            if not self._waited:
+                self.wait()
+            if not self._released:
+                self.release()
 
 
 class Transport(ABC):
@@ -110,8 +124,8 @@ class _PointToPointTransfer(Transfer):
             watch(self._exchange, self._group)
         self._operations, self._works = [], []
 
-    def release(self) -> None:
-        self.buffers = []
+    def _release(self) -> None:
+        pass
 
 
 def _operations(

@@ -41,22 +41,21 @@ class _Watchdog:
         with self._lock:
             self._count += 1
             number = self._count & 0x7FFFFFFF
-            self._waiting.append((number, time.monotonic(), timeout_s, exchange))
         driver.write_flag(self._address + 4 * (number % _SLOTS), number, stream)
+        self._waiting.append((number, time.monotonic(), timeout_s, exchange))
 
     def _run(self) -> None:
         while True:
             time.sleep(_INTERVAL_S)
             now = time.monotonic()
-            while self._waiting:
-                number, started, timeout_s, exchange = self._waiting[0]
-                # A slot that a later transfer has taken over was passed long ago.
+            for _ in range(len(self._waiting)):
+                number, started, timeout_s, exchange = self._waiting.popleft()
+                # Of two transfers that share a word, _SLOTS apart, the later one's number says that both are through.
                 if (self._seen[number % _SLOTS] - number) & 0x7FFFFFFF < 0x40000000:
-                    self._waiting.popleft()
                     continue
                 if now - started > 0.9 * timeout_s:
                     _abort(exchange, now - started)
-                break
+                self._waiting.append((number, started, timeout_s, exchange))
 
 
 def _abort(exchange: Exchange, waited_s: float) -> None:

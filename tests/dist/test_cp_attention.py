@@ -490,3 +490,23 @@ def body_frozen(group, device) -> None:
     assert_close({"dsink": sink.grad}, expected, 1e-5)
     with torch.no_grad():
         assert_close({"out": plan.unshard(cp_attention_with_sink(q, k, v, sink, plan=plan))}, expected, 1e-5)
+
+
+@pytest.mark.parametrize(
+    ("good", "bad"),
+    [
+        ({"causal": True}, {"causal": 1}),
+        ({"deterministic": False}, {"deterministic": 0}),
+        ({"overlap_degree": 1}, {"overlap_degree": True}),
+        ({"window_size": (1, 0)}, {"window_size": (1.0, 0)}),
+        ({"window_size": (1, 0)}, {"window_size": (True, 0)}),
+        ({"softcap": 0.0}, {"softcap": False}),
+    ],
+)
+def test_a_checked_call_excuses_no_other(good, bad):
+    """Calls are looked up by their arguments, among which 1, 1.0 and True are equal."""
+    plan = make_cp_plan(10)
+    q, k = torch.randn(10, 4, 8), torch.randn(10, 2, 8)
+    cp_attention_with_sink(q, k, k, plan=plan, **good)
+    with pytest.raises((TypeError, ValueError)):
+        cp_attention_with_sink(q, k, k, plan=plan, **bad)

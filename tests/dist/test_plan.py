@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import subprocess
 import sys
 from unittest import mock
@@ -70,11 +71,6 @@ def body_device_mesh(group, device) -> None:
     torch.testing.assert_close(plan.unshard(out), cp_attention_with_sink(x, x, x, torch.zeros(1, 2), plan=alone))
 
 
-def forget_agreements() -> None:
-    """As if the ranks had called nothing on any group yet."""
-    plan_module._agreed.clear()
-
-
 DISAGREEMENTS = {
     "total_tokens": lambda rank: {"total_tokens": 10 + (rank == 1)},
     "cu_seqlens": lambda rank: {"total_tokens": 10, "cu_seqlens": [0, 4 + (rank == 0), 10]},
@@ -133,7 +129,6 @@ def call(plan, *, heads=2, dtype=torch.float32, s_sink=1, requires_grad=False, t
 
 def body_call_disagreement(group, device, *, what) -> None:
     change, named = CALLS[what]
-    forget_agreements()
     plan = make_cp_plan(12, group=group)
     with pytest.raises(ValueError, match=rf"cp_attention_with_sink: all ranks .* the same {named}, got rank 0: .*, rank 1: "):
         call(plan, **change(dist.get_rank(group)))
@@ -145,7 +140,6 @@ def test_an_invalid_call_on_one_rank_raises_on_every_rank():
 
 
 def body_call_error(group, device) -> None:
-    forget_agreements()
     plan = make_cp_plan(12, group=group)
     own = "^q must have the plan's local_tokens, 6, as its tokens, got"
     other = "cp_attention_with_sink: cp rank 1 was given something invalid, .* ValueError: q must have the plan's local_tokens"
@@ -162,7 +156,6 @@ def test_how_often_a_signature_is_compared(on_gpus, checks):
 
 def body_compared(group, device, *, on_gpus, checks) -> None:
     """Every call on a CPU group, or as asked; once for each new signature of a group on GPUs."""
-    forget_agreements()
     compared = []
 
     def recording(record, *rest):
@@ -199,8 +192,10 @@ def body_later(group, device, *, what) -> None:
             call(plan, **change(rank))
     elif what == "another plan":
         other = make_cp_plan(12, group=group, cu_seqlens=[0, 5, 12])
-        with pytest.raises(ValueError, match=r"the same plan \(sha256\), got rank 0: .*, rank 1: "):
-            call(other if rank else plan, softmax_scale=0.1)
+        where = mock.Mock(return_value=torch.device("cuda"))  # where a signature is compared once: once for each plan
+        for on_gpus in (contextlib.nullcontext(), mock.patch.object(plan_module, "group_device", where)):
+            with on_gpus, pytest.raises(ValueError, match=r"the same plan \(sha256\), got rank 0: .*, rank 1: "):
+                call(other if rank else plan, softmax_scale=0.7)
     elif what == "another function":
         with pytest.raises(ValueError, match="the same call, got rank 0: 'cp_attention_with_sink', rank 1: 'make_cp_plan'"):
             make_cp_plan(12, group=group) if rank else call(plan, softmax_scale=0.1)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from unittest import mock
 
 import pytest
@@ -9,7 +10,9 @@ import torch
 import torch.distributed as dist
 
 from magi_sink_cp import cp_attention_with_sink, make_cp_plan
+from magi_sink_cp.dist import attention as cp_module
 from magi_sink_cp.dist import plan as plan_module
+from magi_sink_cp.dist import symmetric as symmetric_module
 from magi_sink_cp.dist.symmetric import SymmetricMemory
 from tests.dist.ranks import run_on_ranks
 from tests.dist.shared_memory import HostStreams
@@ -92,7 +95,7 @@ def body_misuse(group, device) -> None:
             RuntimeError, match=r"group_cast of stage 1 .*: its buffer is in use by a transfer that has not been rel"
         ):
             transport.start((k, k), exchange)
-        larger = torch.randn(plan.local_tokens, 20, 8)
+        larger = torch.randn(plan.local_tokens, 9000, 8)
         with pytest.raises(RuntimeError, match="needs more symmetric memory was started while another one is in flight"):
             transport.start((larger, larger), exchange)
         transfer.wait()
@@ -118,3 +121,70 @@ def body_wrap(group, device) -> None:
         dist.barrier(group)
         for _ in range(6):
             assert torch.equal(cp_attention_with_sink(x, x, x, plan=plan), first)
+
+
+@pytest.mark.parametrize("num_ranks", [2, 3])
+@pytest.mark.parametrize("on_gloo", [False, True])
+@pytest.mark.parametrize("kernel", ["_forward_kernel", "_backward_kernel"])
+@pytest.mark.parametrize("overlap_degree", [0, 1, 2])
+def test_ranks_that_fail_alike_can_go_on(num_ranks, on_gloo, kernel, overlap_degree):
+    run_on_ranks(num_ranks, body_failure, on_gloo=on_gloo, kernel=kernel, overlap_degree=overlap_degree)
+
+
+def body_failure(group, device, *, on_gloo, kernel, overlap_degree) -> None:
+    """A kernel that fails on every rank, as for want of memory, leaves no transfer behind."""
+    case = make_case([48], [48], causal=False)
+    with contextlib.nullcontext() if on_gloo else on(transport_of(group)):
+        cp_results(case, group, device, overlap_degree=overlap_degree)
+        for call in (0, 1):
+            failing = FailsAt(getattr(cp_module, kernel), call)
+            with mock.patch.object(cp_module, kernel, failing):
+                try:
+                    cp_results(case, group, device, overlap_degree=overlap_degree)
+                    assert failing.calls <= call, "it did not fail"
+                except torch.OutOfMemoryError:
+                    pass
+        assert_close(cp_results(case, group, device, overlap_degree=overlap_degree), truth(case), 1e-5)
+
+
+class FailsAt:
+    def __init__(self, function, call: int) -> None:
+        self.function, self.failing_call, self.calls = function, call, 0
+
+    def __call__(self, *arguments):
+        self.calls += 1
+        if self.calls > self.failing_call:
+            raise torch.OutOfMemoryError("no memory left")
+        return self.function(*arguments)
+
+
+def test_ever_new_documents_do_not_pile_up():
+    run_on_ranks(2, body_new_documents)
+
+
+def body_new_documents(group, device) -> None:
+    transport = transport_of(group)
+    with on(transport), mock.patch.object(symmetric_module, "_MOST_VIEWS", 6):
+        for turn in range(12):
+            lengths = [20 + 3 * turn, 9, 60 - 3 * turn]
+            case = make_case(lengths, lengths, causal=True, seed=turn)
+            assert_close(cp_results(case, group, device, overlap_degree=turn % 2), truth(case), 1e-5)
+            assert len(transport._views) <= 6
+    assert transport._streams.allocations <= 3
+
+
+def test_a_need_that_cannot_be_met_leaves_what_was_there():
+    run_on_ranks(2, body_no_room)
+
+
+def body_no_room(group, device) -> None:
+    transport = transport_of(group)
+    small, large = (make_case([n], [n], causal=True) for n in (40, 9000))
+    with on(transport):
+        cp_results(small, group, device)
+        with (
+            mock.patch.object(transport._streams, "allocate", side_effect=RuntimeError("cp rank 1: 9 bytes of symmetric memory")),
+            pytest.raises(RuntimeError, match="cp rank 1: 9 bytes of symmetric memory"),
+        ):
+            cp_results(large, group, device)
+        assert_close(cp_results(small, group, device), truth(small), 1e-5)
