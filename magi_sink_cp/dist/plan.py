@@ -61,7 +61,7 @@ def make_cp_plan(
             on any device or a sequence of ints. None is one document.
         layout: "zigzag": rank r holds chunks r and 2·cp - 1 - r of 2·cp equal chunks. "balanced": more, smaller chunks, dealt
             out so that the ranks' work under a causal mask is nearly equal also for many short documents.
-        transport: how keys travel: "nccl" or "gloo" (the group must have that backend), "symm_mem" (NVLink copies between the GPUs
+        transport: how keys travel: "nccl" or "gloo" (the group must have that backend), "symm_mem" (copies between the GPUs
             of one host that leave the SMs alone), or "auto": "symm_mem" where it can be set up, else the group's own backend.
 
     Raises:

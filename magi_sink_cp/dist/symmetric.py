@@ -92,7 +92,7 @@ class SymmetricMemory(Transport):
         self._streams = streams
         self._lock = threading.Lock()
         self._flag_bytes = _aligned(2 * cp_size * _FLAG_BYTES)
-        self._arena = streams.allocate(self._flag_bytes)
+        self._arena = streams.allocate(max(self._flag_bytes, _GRANULE))
         self._count = 0
         self._parts: list[_Part] = []
         self._views: dict[tuple[object, ...], Tensor] = {}

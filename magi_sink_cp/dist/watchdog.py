@@ -18,6 +18,7 @@ from collections import deque
 
 import torch
 import torch.distributed as dist
+from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from magi_sink_cp.dist import driver
@@ -28,12 +29,14 @@ _SLOTS = 1 << 14
 
 
 class _Watchdog:
-    def __init__(self) -> None:
+    def __init__(self, words: Tensor) -> None:
+        """``words``: int32 (_SLOTS,), zero, in memory that both sides see."""
         self._lock = threading.Lock()
         self._waiting: deque[tuple[int, float, float, Exchange]] = deque()
         self._count = 0
-        self._words = torch.zeros(_SLOTS, dtype=torch.int32, pin_memory=True)
-        self._address = self._words.data_ptr()
+        self.stopped = threading.Event()
+        self._words = words
+        self._address = words.data_ptr()
         self._seen = (ctypes.c_uint32 * _SLOTS).from_address(self._address)
         threading.Thread(target=self._run, name="magi_sink_cp watchdog", daemon=True).start()
 
@@ -45,8 +48,7 @@ class _Watchdog:
         self._waiting.append((number, time.monotonic(), timeout_s, exchange))
 
     def _run(self) -> None:
-        while True:
-            time.sleep(_INTERVAL_S)
+        while not self.stopped.wait(_INTERVAL_S):
             now = time.monotonic()
             for _ in range(len(self._waiting)):
                 number, started, timeout_s, exchange = self._waiting.popleft()
@@ -78,7 +80,7 @@ def watch(exchange: Exchange, group: ProcessGroup) -> None:
     if torch.cuda.is_current_stream_capturing():
         return
     if _watchdog is None:
-        _watchdog = _Watchdog()
+        _watchdog = _Watchdog(torch.zeros(_SLOTS, dtype=torch.int32, pin_memory=True))
     if group not in _timeouts:
         _timeouts[group] = timeout_of(group).total_seconds()
     _watchdog.watch(exchange, _timeouts[group], torch.cuda.current_stream().cuda_stream)
