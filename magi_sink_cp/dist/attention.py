@@ -128,7 +128,7 @@ class _Call:
 
     group: GroupRef | None
     cp_size: int
-    transport_or_none: Transport | None
+    transport: Transport | None
     local_tokens: int
     real_tokens: int
     batch_size: int
@@ -141,12 +141,6 @@ class _Call:
     grad_reduce_dtype: torch.dtype
     signature: Signature
     requests: dict[int, Call] = field(default_factory=dict)  # of each kernel call, by its id
-
-    @property
-    def transport(self) -> Transport:
-        """How keys travel; only a schedule with travelling stages asks."""
-        assert self.transport_or_none is not None, "a plan with remote stages has a transport"
-        return self.transport_or_none
 
     def padding(self, device: torch.device) -> Tensor:
         """bool (T,): the rows that are no token of the sequence."""
@@ -252,7 +246,7 @@ def _check_call(
     return _Call(
         group=plan.group_ref,
         cp_size=plan.cp_size,
-        transport_or_none=plan.transport,
+        transport=plan.transport,
         local_tokens=plan.local_tokens,
         real_tokens=plan.real_tokens,
         batch_size=batch_size,
@@ -376,6 +370,7 @@ class _Flight:
 
     def start(self, tensors: Sequence[Tensor], exchange: Exchange, own: Sequence[tuple[Range, Range]] = ()) -> Transfer:
         """Transport.start."""
+        assert self._call.transport is not None, "a plan with travelling stages has a transport"
         transfer = self._call.transport.start(tensors, exchange, own)
         self._transfers.append(transfer)
         return transfer
