@@ -93,7 +93,7 @@ def cp_attention_with_sink(
 
     Raises:
         TypeError, ValueError: an argument is invalid, or the ranks differ in their arguments, which they compare before any data
-            moves: every time on a CPU group, on GPUs the first time that the group sees them. A ``plan`` that is no plan raises on
+            moves: every time on a CPU group, on GPUs the first time that the plan sees them. A ``plan`` that is no plan raises on
             its rank alone.
         RuntimeError: a transfer failed or took longer than the group's timeout; on GPUs the process ends with that text instead.
     """
@@ -103,6 +103,8 @@ def cp_attention_with_sink(
     try:
         if checks not in CHECKS:
             raise ValueError(f"checks must be one of {CHECKS}, got {checks!r}")
+        if plan.device.type == "cuda" and plan.transport is not None and torch.cuda.current_device() != plan.device.index:
+            raise ValueError(f"the current device must be the plan's, {plan.device}, got cuda:{torch.cuda.current_device()}")
         call = _known_call(
             q, k, v, sink, plan, sink_layout, softmax_scale, causal, window_size, softcap, deterministic, dsink_reduce,
             overlap_degree, grad_reduce_dtype, backend,
@@ -382,6 +384,8 @@ class _Flight:
         if kind is not None:
             for transfer in self._transfers:
                 transfer.abandon()
+            if self._call.transport is not None:
+                self._call.transport.fail()
 
 
 def _stages(k: Tensor, v: Tensor, stages: Sequence[Stage], flight: _Flight) -> Iterator[tuple[Stage, Tensor, Tensor]]:

@@ -36,6 +36,8 @@ _UNSHARD = "CPPlan.unshard (or shard's backward)"
 
 TRANSPORTS = ("auto", "nccl", "gloo", "symm_mem")
 
+_EXCHANGES = "number of exchanges so far (which differs where a call failed on some ranks alone: start the job again)"
+
 _log = logging.getLogger("magi_sink_cp")
 
 # Each group's symmetric memory, or why it has none.
@@ -78,13 +80,18 @@ def make_cp_plan(
             agree(error, process_group, "make_cp_plan")
         raise
     if process_group is not None:
-        record = {
+        record: dict[str, object] = {
             "total_tokens": total_tokens,
             "layout": layout,
             "transport": transport,
             "cu_seqlens (sha256)": _sha256(documents),
         }
+        symmetric = _symmetric.get(process_group)
+        if isinstance(symmetric, SymmetricMemory):
+            record[_EXCHANGES] = symmetric.exchanges
         agree(record, process_group, "make_cp_plan")
+        if isinstance(symmetric, SymmetricMemory):
+            symmetric.resume()
         device = group_device(process_group)
     elif isinstance(cu_seqlens, Tensor):
         device = cu_seqlens.device

@@ -94,18 +94,36 @@ class SymmetricMemory(Transport):
         self._flag_bytes = _aligned(2 * cp_size * _FLAG_BYTES)
         self._arena = streams.allocate(max(self._flag_bytes, _GRANULE))
         self._count = 0
+        self._failed = False
         self._parts: list[_Part] = []
         self._views: dict[tuple[object, ...], Tensor] = {}
 
     @property
     def num_bytes(self) -> int:
-        """Size of this rank's arena, which torch.cuda's memory statistics do not count."""
+        """Size of this rank's arena."""
         return self._arena.buffer.numel()
+
+    @property
+    def exchanges(self) -> int:
+        """How many exchanges this rank has started."""
+        return self._count
+
+    def fail(self) -> None:
+        self._failed = True  # other ranks may have started more exchanges, and what they count next would be something else
+
+    def resume(self) -> None:
+        """All ranks are known to have started as many exchanges."""
+        self._failed = False
 
     def start(self, tensors: Sequence[Tensor], exchange: Exchange, own: Own = ()) -> Transfer:
         route, streams = exchange.route, self._streams
         streams.check()
         assert route is not None, "the plan adds routes for transports that need them"
+        if self._failed:
+            raise RuntimeError(
+                "an earlier call over this cp group failed on this rank, and the ranks may be out of step: make a new plan with "
+                "make_cp_plan on every rank, which finds out"
+            )
         token_bytes = [x.element_size() * math.prod(x.shape[1:]) for x in tensors]
         part_bytes = [sum(_aligned(tokens * each) for each in token_bytes) for tokens in route.parts]
         with self._lock:
@@ -148,14 +166,22 @@ class SymmetricMemory(Transport):
         return _SymmetricTransfer(exchange, buffers, list(tensors), streams, number, (filled, sent), arrivals, part)
 
     def _grow(self, num_bytes: int) -> None:
-        """Make room, on every rank at once: all of them see the same sizes in the same order."""
+        """Make room, on every rank at once: all of them see the same sizes in the same order.
+
+        Until the new arena is there, the old one is kept, so that a need that cannot be met leaves what there was.
+        """
         if num_bytes <= self._arena.buffer.numel():
             return
         if any(part.free is None for part in self._parts):
             raise RuntimeError("a transfer that needs more symmetric memory was started while another one is in flight")
         eighth = max(_GRANULE, 1 << max(0, num_bytes.bit_length() - 4))  # so that slowly growing needs seldom come here
         self._streams.idle()  # nobody reads or writes the arena
-        self._arena = self._streams.allocate(-(-num_bytes // eighth) * eighth)
+        try:
+            self._arena = self._streams.allocate(-(-num_bytes // eighth) * eighth)
+        except NotUsableError as error:
+            raise RuntimeError(
+                f"the symm_mem transport has no room for this call's keys: {error}; make a plan with 'nccl'"
+            ) from error
         self._parts, self._views, self._count = [], {}, 0
 
     def _take(self, begin: int, end: int, exchange: Exchange) -> _Part:
@@ -228,12 +254,11 @@ class _SymmetricTransfer(Transfer):
         self._tensors = []
 
 
+@dataclass(frozen=True)
 class _CudaArena:
-    def __init__(self, buffer: Tensor, group: ProcessGroup) -> None:
-        self.buffer = buffer
-        with _without_multicast():
-            self._handle = symm_mem.rendezvous(buffer, group)
-        self.addresses = list(self._handle.buffer_ptrs)
+    buffer: Tensor
+    addresses: Sequence[int]
+    handle: object  # keeps the peers' memory mapped
 
 
 class _Cuda:
@@ -254,7 +279,14 @@ class _Cuda:
             )
 
     def allocate(self, num_bytes: int) -> Arena:
-        buffer, reason = None, None
+        """On every rank or on none: the others must not wait for a rank that cannot go on.
+
+        Raises:
+            NotUsableError: on every rank, if any rank has no such memory or cannot map that of the others.
+        """
+        group = self._group()
+        rank = dist.get_rank(group)
+        buffer = handle = reason = None
         try:
             with _without_multicast():
                 buffer = symm_mem.empty(num_bytes, dtype=torch.uint8, device=self._device)
@@ -262,13 +294,22 @@ class _Cuda:
             torch.cuda.synchronize(self._device)
         except Exception as error:  # whatever the driver or torch says, it is the reason
             reason = f"{num_bytes} bytes of symmetric memory: {type(error).__name__}: {error}"[:400]
-        # The others must not wait in the rendezvous for a rank that does not come.
-        if reason := _first_reason(collect({"reason": reason}, self._group(), "symmetric memory")):
-            raise RuntimeError(reason)
+        _raise_first_reason(collect({"reason": reason}, group, "symmetric memory"))
+        offset = 0
+        try:
+            assert buffer is not None, "there was no reason against it"
+            with _without_multicast():
+                handle = symm_mem.rendezvous(buffer, group)
+            offset = buffer.data_ptr() - handle.buffer_ptrs[rank]  # torch may have put it into a larger block
+        except Exception as error:
+            reason = f"mapping symmetric memory of the other ranks: {type(error).__name__}: {error}"[:400]
+        records = collect({"reason": reason, "offset": offset}, group, "symmetric memory")
+        _raise_first_reason(records)
         assert buffer is not None, "there was no reason against it"
-        arena = _CudaArena(buffer, self._group())
+        assert handle is not None, "there was no reason against it"
+        addresses = [base + record["offset"] for base, record in zip(handle.buffer_ptrs, records, strict=True)]
         self.idle()  # everybody's flags are zero
-        return arena
+        return _CudaArena(buffer, addresses, handle)
 
     def idle(self) -> None:
         torch.cuda.synchronize(self._device)
@@ -322,18 +363,21 @@ def _without_multicast() -> Iterator[None]:
 
 def connect(group: ProcessGroup) -> SymmetricMemory | str:
     """The group's transport, or, on every rank, why there is none. Every rank of the group must call this."""
-    records = collect({"reason": _missing_here(), "host": _host()}, group, "symmetric memory")
-    if reason := _first_reason(records):
-        return reason
-    if len({record["host"] for record in records}) > 1:
-        return "its ranks are on different hosts"
-    transport, reason = None, None
+    streams, reason = None, _missing_here()
+    if reason is None:
+        try:
+            streams = _Cuda(group)
+        except Exception as error:  # whatever the driver or torch says, it is the reason
+            reason = f"{type(error).__name__}: {error}"[:400]
+    records = collect({"reason": reason, "host": _host()}, group, "symmetric memory")
     try:
-        transport = SymmetricMemory(dist.get_rank(group), dist.get_world_size(group), _Cuda(group))
-    except Exception as error:  # whatever the driver or torch says, it is the reason
-        reason = f"setting up symmetric memory failed: {type(error).__name__}: {error}"[:400]
-    reason = _first_reason(collect({"reason": reason}, group, "symmetric memory"))
-    return transport if transport is not None and reason is None else str(reason)
+        _raise_first_reason(records)
+        if len({record["host"] for record in records}) > 1:
+            return "its ranks are on different hosts"
+        assert streams is not None, "there was no reason against it"
+        return SymmetricMemory(dist.get_rank(group), dist.get_world_size(group), streams)
+    except NotUsableError as error:
+        return str(error)
 
 
 def _missing_here() -> str | None:
@@ -349,9 +393,10 @@ def _host() -> str:
     return f"{socket.gethostname()} {boot.read_text().strip() if boot.exists() else ''}"
 
 
-def _first_reason(records: Sequence[Mapping[str, object]]) -> str | None:
-    reasons = [f"cp rank {rank}: {record['reason']}" for rank, record in enumerate(records) if record["reason"]]
-    return reasons[0] if reasons else None
+def _raise_first_reason(records: Sequence[Mapping[str, object]]) -> None:
+    for rank, record in enumerate(records):
+        if record["reason"]:
+            raise NotUsableError(f"cp rank {rank}: {record['reason']}")
 
 
 def _aligned(num_bytes: int) -> int:

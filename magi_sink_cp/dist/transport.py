@@ -63,6 +63,7 @@ class Transfer(ABC):
         with contextlib.suppress(RuntimeError):
             if not self._waited:
                 self.wait()
+        with contextlib.suppress(RuntimeError):
             if not self._released:
                 self.release()
 
@@ -73,6 +74,10 @@ class Transport(ABC):
     name: str
     # Whether start() needs the exchange's route.
     needs_route = False
+
+    @abstractmethod
+    def fail(self) -> None:
+        """A pass failed on this rank; its transfers have been abandoned."""
 
     @abstractmethod
     def start(self, tensors: Sequence[Tensor], exchange: Exchange, own: Own = ()) -> Transfer:
@@ -102,6 +107,9 @@ class PointToPoint(Transport):
             for x, buffer in zip(tensors, buffers, strict=True):
                 buffer[start:stop].copy_(x[lo:hi])
         return transfer
+
+    def fail(self) -> None:
+        """Nothing is left: the messages between two ranks are matched by their order, and all that were started are through."""
 
 
 class _PointToPointTransfer(Transfer):

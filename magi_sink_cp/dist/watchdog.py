@@ -80,7 +80,7 @@ def watch(exchange: Exchange, group: ProcessGroup) -> None:
     if torch.cuda.is_current_stream_capturing():
         return
     if _watchdog is None:
-        _watchdog = _Watchdog(torch.zeros(_SLOTS, dtype=torch.int32, pin_memory=True))
+        _watchdog = _Watchdog(torch.zeros(_SLOTS, dtype=torch.int32, device="cpu", pin_memory=True))
     if group not in _timeouts:
         _timeouts[group] = timeout_of(group).total_seconds()
     _watchdog.watch(exchange, _timeouts[group], torch.cuda.current_stream().cuda_stream)

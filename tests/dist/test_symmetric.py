@@ -14,6 +14,7 @@ from magi_sink_cp.dist import attention as cp_module
 from magi_sink_cp.dist import plan as plan_module
 from magi_sink_cp.dist import symmetric as symmetric_module
 from magi_sink_cp.dist.symmetric import SymmetricMemory
+from magi_sink_cp.kernels.flash import NotUsableError
 from tests.dist.ranks import run_on_ranks
 from tests.dist.shared_memory import HostStreams
 from tests.dist.test_cp_attention import body_matches_reference, cp_results
@@ -24,9 +25,14 @@ def transport_of(group, shaky: bool = False) -> SymmetricMemory:
     return SymmetricMemory(dist.get_rank(group), dist.get_world_size(group), HostStreams(group, shaky))
 
 
+@contextlib.contextmanager
 def on(transport: SymmetricMemory):
     """make_cp_plan chooses this transport."""
-    return mock.patch.object(plan_module, "_transport", return_value=transport)
+    group = transport._streams._group
+    plan_module._symmetric[group] = transport
+    with mock.patch.object(plan_module, "_transport", return_value=transport):
+        yield
+    del plan_module._symmetric[group]
 
 
 @pytest.mark.parametrize("num_ranks", [2, 3, 4])
@@ -135,7 +141,7 @@ def body_failure(group, device, *, on_gloo, kernel, overlap_degree) -> None:
     """A kernel that fails on every rank, as for want of memory, leaves no transfer behind."""
     case = make_case([48], [48], causal=False)
     with contextlib.nullcontext() if on_gloo else on(transport_of(group)):
-        cp_results(case, group, device, overlap_degree=overlap_degree)
+        plan = make_cp_plan(48, group=group)
         for call in (0, 1):
             failing = FailsAt(getattr(cp_module, kernel), call)
             with mock.patch.object(cp_module, kernel, failing):
@@ -144,6 +150,9 @@ def body_failure(group, device, *, on_gloo, kernel, overlap_degree) -> None:
                     assert failing.calls <= call, "it did not fail"
                 except torch.OutOfMemoryError:
                     pass
+            if not on_gloo and failing.calls > call:
+                with pytest.raises(RuntimeError, match="an earlier call over this cp group failed on this rank"):
+                    cp_attention_with_sink(*(plan.shard(x) for x in (case.q, case.k, case.v)), plan=plan, causal=False)
         assert_close(cp_results(case, group, device, overlap_degree=overlap_degree), truth(case), 1e-5)
 
 
@@ -183,8 +192,25 @@ def body_no_room(group, device) -> None:
     with on(transport):
         cp_results(small, group, device)
         with (
-            mock.patch.object(transport._streams, "allocate", side_effect=RuntimeError("cp rank 1: 9 bytes of symmetric memory")),
-            pytest.raises(RuntimeError, match="cp rank 1: 9 bytes of symmetric memory"),
+            mock.patch.object(transport._streams, "allocate", side_effect=NotUsableError("cp rank 1: 9 bytes")),
+            pytest.raises(RuntimeError, match="no room for this call's keys: cp rank 1: 9 bytes; make a plan"),
         ):
             cp_results(large, group, device)
         assert_close(cp_results(small, group, device), truth(small), 1e-5)
+
+
+def test_ranks_that_are_out_of_step_find_out():
+    run_on_ranks(2, body_out_of_step)
+
+
+def body_out_of_step(group, device) -> None:
+    """One rank failed before it started what the other has started: no plan is made any more."""
+    transport = transport_of(group)
+    with on(transport):
+        make_cp_plan(32, group=group)
+        transport._count += dist.get_rank(group)
+        transport.fail()
+        with pytest.raises(
+            ValueError, match=r"the same number of exchanges so far .*start the job again\), got rank 0: 0, rank 1: 1"
+        ):
+            make_cp_plan(32, group=group)
