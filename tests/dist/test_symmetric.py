@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+from types import SimpleNamespace
 from unittest import mock
 
 import pytest
@@ -214,3 +215,60 @@ def body_out_of_step(group, device) -> None:
             ValueError, match=r"the same number of exchanges so far .*start the job again\), got rank 0: 0, rank 1: 1"
         ):
             make_cp_plan(32, group=group)
+
+
+@pytest.mark.parametrize("fault", [None, "no driver", "no stream", "no memory", "no mapping", "another host"])
+def test_set_up_succeeds_on_every_rank_or_on_none(fault):
+    run_on_ranks(3, body_set_up, fault=fault)
+
+
+def body_set_up(group, device, *, fault) -> None:
+    """connect() with CUDA's part played by the test: whatever fails on rank 1 alone, every rank learns it and none waits."""
+    here = dist.get_rank(group) == 1
+
+    def failing(what, result):
+        def call(*_, **__):
+            if here and fault == what:
+                raise RuntimeError(f"this rank has {what}")
+            return result
+
+        return call
+
+    block = torch.zeros(1 << 22, dtype=torch.uint8)
+    buffer = block[4096 : 4096 + (2 << 20)]  # torch may put a small buffer into a larger block
+    handle = SimpleNamespace(buffer_ptrs=[1 << 40, 2 << 40, 3 << 40])
+    handle.buffer_ptrs[dist.get_rank(group)] = block.data_ptr()
+
+    def check_available() -> None:
+        if here and fault == "no driver":
+            raise NotUsableError("this rank has no driver")
+
+    patches = {
+        "driver.check_available": check_available,
+        "torch.cuda.current_device": lambda: 0,
+        "torch.cuda.Stream": failing("no stream", SimpleNamespace(cuda_stream=5)),
+        "torch.cuda.synchronize": lambda *_: None,
+        "symm_mem.empty": failing("no memory", buffer),
+        "symm_mem.rendezvous": failing("no mapping", handle),
+        "dist.barrier": lambda *_, **__: None,
+        "_host": lambda: "elsewhere" if here and fault == "another host" else "here",
+    }
+    with contextlib.ExitStack() as stack:
+        for name, replacement in patches.items():
+            *path, attribute = name.split(".")
+            owner = symmetric_module
+            for part in path:
+                owner = getattr(owner, part)
+            stack.enter_context(mock.patch.object(owner, attribute, replacement))
+        found = symmetric_module.connect(group)
+    if fault is None:
+        assert isinstance(found, SymmetricMemory)
+        rank = dist.get_rank(group)
+        addresses = [base + 4096 for base in handle.buffer_ptrs]
+        assert found._arena.addresses == addresses
+        assert addresses[rank] == buffer.data_ptr()
+    elif fault == "another host":
+        assert found == "its ranks are on different hosts"
+    else:
+        assert found.startswith("cp rank 1: ")
+        assert f"this rank has {fault}" in found
