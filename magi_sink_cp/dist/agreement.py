@@ -34,7 +34,7 @@ class Signature:
     """What all ranks must give to one call of ``what``, by name, and a key by which one that was compared is known again."""
 
     def __init__(self, what: str, content: Mapping[str, object]) -> None:
-        self.what, self.content = what, content
+        self.content = content
         self.key = repr((what, content))
 
 
@@ -78,8 +78,8 @@ def agree(record: Mapping[str, object] | Exception, group: ProcessGroup, what: s
 
 
 @contextlib.contextmanager
-def failing_as(what: str) -> Iterator[None]:
-    """A collective that fails or times out in this block says what it was for."""
+def failing_as(what: object) -> Iterator[None]:
+    """Communication that fails or times out in this block says what it was for."""
     try:
         yield
     except RuntimeError as error:

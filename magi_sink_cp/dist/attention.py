@@ -20,7 +20,7 @@ from magi_sink_cp.dist.agreement import GroupRef, Signature, failing_as
 from magi_sink_cp.dist.layout import Range
 from magi_sink_cp.dist.plan import CPPlan
 from magi_sink_cp.dist.schedule import CAUSAL, FULL, Exchange, KernelCall, Schedule, Stage
-from magi_sink_cp.dist.transport import Transfer, Transport
+from magi_sink_cp.dist.transport import Own, Transfer, Transport
 from magi_sink_cp.kernels.accumulate import MAX_TERMS, Term, accumulate
 from magi_sink_cp.kernels.dsink import sink_gradient
 from magi_sink_cp.kernels.inputs import check_qkv, check_sink, make_params
@@ -112,7 +112,7 @@ def cp_attention_with_sink(
     except Exception as error:
         plan.agree(error, "cp_attention_with_sink", always)
         raise
-    plan.agree(call.signature, call.signature.what, always)
+    plan.agree(call.signature, "cp_attention_with_sink", always)
     if q.dim() == 3:
         out, lse = _CPAttentionWithSink.apply(q, k, v, sink, call)
     else:
@@ -370,7 +370,7 @@ class _Flight:
         self._call = call
         self._transfers: list[Transfer] = []
 
-    def start(self, tensors: Sequence[Tensor], exchange: Exchange, own: Sequence[tuple[Range, Range]] = ()) -> Transfer:
+    def start(self, tensors: Sequence[Tensor], exchange: Exchange, own: Own = ()) -> Transfer:
         """Transport.start."""
         assert self._call.transport is not None, "a plan with travelling stages has a transport"
         transfer = self._call.transport.start(tensors, exchange, own)

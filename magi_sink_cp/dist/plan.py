@@ -23,7 +23,7 @@ from magi_sink_cp.dist.overlap import Work, choose_overlap_degrees
 from magi_sink_cp.dist.schedule import (
     Schedule,
     Window,
-    add_routes,
+    build_routed_schedule,
     build_schedule,
     mean_remote,
     visible_pairs,
@@ -202,17 +202,15 @@ class CPPlan:
             overlap_degree: how many stages travel behind another one's computation.
             batch_size: samples, each laid out and cut into documents as the plan says, back to back.
         """
-        key = (window_size, min(overlap_degree, max(self.cp_size - 1, 0)), batch_size)
+        key = (window_size, min(overlap_degree, self.cp_size - 1), batch_size)
         if key not in self._schedules:
             length = self.total_tokens + self.pad_tokens
             starts = [sample * length for sample in range(batch_size)]
             layout = [union([(lo + at, hi + at) for at in starts for lo, hi in ranges]) for ranges in self.layout]
             documents = [(lo + at, hi + at) for at in starts for lo, hi in self.documents]
-            if self.transport is not None and self.transport.needs_route:
-                everybodys = [build_schedule(layout, documents, window_size, rank, overlap_degree) for rank in range(self.cp_size)]
-                self._schedules[key] = add_routes(everybodys, self.rank)
-            else:
-                self._schedules[key] = build_schedule(layout, documents, window_size, self.rank, overlap_degree)
+            routed = self.transport is not None and self.transport.needs_route
+            build = build_routed_schedule if routed else build_schedule
+            self._schedules[key] = build(layout, documents, window_size, self.rank, overlap_degree)
         return self._schedules[key]
 
     def overlap_degrees(

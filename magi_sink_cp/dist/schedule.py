@@ -109,7 +109,7 @@ class Route:
 class Exchange:
     """What a rank sends and receives at once. Between two ranks the messages stand in one order at both ends.
 
-    ``route`` is None until :func:`add_routes` has set it, for the transports that need it.
+    ``route`` is None unless :func:`build_routed_schedule` has set it, for the transports that need it.
     """
 
     name: str
@@ -186,7 +186,16 @@ def mean_remote(layout: Sequence[RankRanges], documents: Sequence[Range], window
     return sum(keys) // len(layout), sum(rows) // len(layout)
 
 
-def add_routes(schedules: Sequence[Schedule], rank: int) -> Schedule:
+def build_routed_schedule(
+    layout: Sequence[RankRanges], documents: Sequence[Range], window_size: Window, rank: int, overlap_degree: int
+) -> Schedule:
+    """:func:`build_schedule` with the routes of its exchanges, for which it builds the schedules of all ranks."""
+    sequence = _Sequence(layout, documents, window_size)
+    schedules = [Schedule(tuple(sequence.stages(other, overlap_degree))) for other in range(len(layout))]
+    return _add_routes(schedules, rank)
+
+
+def _add_routes(schedules: Sequence[Schedule], rank: int) -> Schedule:
     """The schedule of ``rank`` with the routes of its exchanges, from the schedules of all ranks.
 
     A stage's buffer lies beside that of the stage before, which may still be read, and so do the gradients of two stages.
@@ -257,7 +266,7 @@ class _Sequence:
     def _stage(self, rank: int, number: int, steps: range, pieces: Sequence[_Piece]) -> Stage:
         """Stage ``number``, of the keys that ``steps`` bring to ``pieces`` of ``rank``."""
         cp_size = len(self._layout)
-        local, with_own = steps == range(1), 0 in steps
+        local = steps == range(1)
         mine = _local(self._layout[rank])
         own: list[tuple[Range, Range]] = []
         receives: list[Message] = []
@@ -286,7 +295,7 @@ class _Sequence:
                 homeward.append(Message(target, (place, place + tokens[1] - tokens[0])))
                 place += tokens[1] - tokens[0]
         segments = _join(list(self._segments(pieces, runs, to_buffer)))
-        calls = _group(segments, [piece.start for piece in self._pieces(rank)] if local or with_own else None)
+        calls = _group(segments, [piece.start for piece in self._pieces(rank)] if 0 in steps else None)
         return Stage(
             local=local,
             calls=tuple(sorted(calls, key=lambda call: not call.first)),

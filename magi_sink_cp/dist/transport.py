@@ -16,7 +16,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
-from magi_sink_cp.dist.agreement import GroupRef
+from magi_sink_cp.dist.agreement import GroupRef, failing_as
 from magi_sink_cp.dist.layout import Range
 from magi_sink_cp.dist.schedule import Exchange, Message
 from magi_sink_cp.dist.watchdog import watch
@@ -117,17 +117,13 @@ class _PointToPointTransfer(Transfer):
         super().__init__(exchange, buffers)
         self._operations = operations  # keeps the sent tensors alive
         self._group = group
-        try:
+        with failing_as(exchange):
             self._works = dist.batch_isend_irecv(operations) if operations else []
-        except RuntimeError as error:
-            raise RuntimeError(f"{exchange} failed: {error}") from error
 
     def _wait(self) -> None:
-        try:
+        with failing_as(self._exchange):
             for work in self._works:
                 work.wait()
-        except RuntimeError as error:
-            raise RuntimeError(f"{self._exchange} failed: {error}") from error
         if self._works and self._operations[0].tensor.is_cuda:
             watch(self._exchange, self._group)
         self._operations, self._works = [], []
