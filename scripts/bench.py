@@ -54,7 +54,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("what", choices=list(BENCHES))
     parser.add_argument("--out", type=Path, required=True, help="folder of the CSV")
-    parser.add_argument("--backend", default="fa3", help="kernels on both sides of the comparison")
+    parser.add_argument("--backend", default="fa3", help="kernels on both sides of the comparison (dist: of the one GPU)")
     parser.add_argument("--rounds", type=int, default=60, help="rounds per shape (fewer for shapes that take long)")
     parser.add_argument("--commit", help="commit to record (default: asks git)")
     args = parser.parse_args()

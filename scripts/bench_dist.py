@@ -1,7 +1,7 @@
 """``bench.py dist``: what context parallelism costs over one GPU's work divided by the number of ranks.
 
 100% is FlashAttention-3 without a sink over the whole sequence on one GPU, measured in the same rounds, divided by the ranks. Times
-are those of the slowest rank of each round.
+are those of the slowest rank of each round. Ours runs on the kernels that backend="auto" takes, but where a row names them.
 """
 
 from __future__ import annotations
@@ -77,7 +77,7 @@ def causal_rows(args: argparse.Namespace, tokens: int) -> list[Row]:
         for name in (("auto", "nccl") if tokens < 131072 else ("auto",))
     }
     q, k, v, dout, sink = draw((plans["auto"].local_tokens,), 128)
-    attention = functools.partial(cp_attention_with_sink, q, k, v, sink, backend=args.backend)
+    attention = functools.partial(cp_attention_with_sink, q, k, v, sink)
     ours: dict[str, Variant] = {
         "cp" if name == "auto" else f"cp {name}": (functools.partial(attention, plan=plan), (q, k, v, sink), dout)
         for name, plan in plans.items()
@@ -93,7 +93,7 @@ def overlap_rows(args: argparse.Namespace, tokens: int) -> list[Row]:
     """The overlap degrees that the cost model chooses between."""
     plan = make_cp_plan(tokens, group=dist.group.WORLD)
     q, k, v, dout, sink = draw((plan.local_tokens,), 128)
-    attention = functools.partial(cp_attention_with_sink, q, k, v, sink, plan=plan, backend=args.backend)
+    attention = functools.partial(cp_attention_with_sink, q, k, v, sink, plan=plan)
     degrees = range(min(2, plan.cp_size))
     ours: dict[str, Variant] = {
         f"cp overlap_degree {n}": (functools.partial(attention, overlap_degree=n), (q, k, v, sink), dout) for n in degrees
@@ -107,9 +107,12 @@ def window_rows(args: argparse.Namespace) -> list[Row]:
     plan = make_cp_plan(tokens, group=dist.group.WORLD)
     q, k, v, dout, sink = draw((plan.local_tokens,), 64)
 
-    ours = functools.partial(cp_attention_with_sink, q, k, v, sink, plan=plan, backend=args.backend, window_size=(128, 0))
-    shape = {"batch": 1, "tokens": tokens, "head_dim": 64}
-    return compared(args, "window 128", shape, {"cp": (ours, (q, k, v, sink), dout)}, (128, 0), None, tokens * 256)
+    attention = functools.partial(cp_attention_with_sink, q, k, v, sink, plan=plan, window_size=(128, 0))
+    ours: dict[str, Variant] = {
+        "cp": (attention, (q, k, v, sink), dout),
+        "cp on fa3": (functools.partial(attention, backend="fa3"), (q, k, v, sink), dout),
+    }
+    return compared(args, "window 128", {"batch": 1, "tokens": tokens, "head_dim": 64}, ours, (128, 0), None, tokens * 256)
 
 
 def packed_rows(args: argparse.Namespace) -> list[Row]:
@@ -120,8 +123,9 @@ def packed_rows(args: argparse.Namespace) -> list[Row]:
     for layout in sorted(LAYOUTS):
         plan = make_cp_plan(tokens, group=dist.group.WORLD, cu_seqlens=cu_seqlens, layout=layout)
         q, k, v, dout, sink = draw((plan.local_tokens,), 128)
-        attention = functools.partial(cp_attention_with_sink, q, k, v, sink, plan=plan, backend=args.backend)
+        attention = functools.partial(cp_attention_with_sink, q, k, v, sink, plan=plan)
         variants[f"cp {layout}"] = attention, (q, k, v, sink), dout
+        variants[f"cp {layout} on fa3"] = functools.partial(attention, backend="fa3"), (q, k, v, sink), dout
     pairs = sum((hi - lo) ** 2 for lo, hi in itertools.pairwise(cu_seqlens))
     shape = {"batch": len(cu_seqlens) - 1, "tokens": tokens, "head_dim": 128}
     return compared(args, "packed", shape, variants, (-1, 0), cu_seqlens, pairs)
@@ -251,7 +255,7 @@ def profiled_step(args: argparse.Namespace, plan: CPPlan) -> list[dict[str, Any]
     q, k, v, dout, sink = draw((plan.local_tokens,), 128)
 
     def step() -> Any:
-        return torch.autograd.grad(cp_attention_with_sink(q, k, v, sink, plan=plan, backend=args.backend), (q, k, v, sink), dout)
+        return torch.autograd.grad(cp_attention_with_sink(q, k, v, sink, plan=plan), (q, k, v, sink), dout)
 
     for _ in range(3):
         step()
@@ -289,7 +293,7 @@ def memory_rows(args: argparse.Namespace, tokens: int) -> list[Row]:
     tensors = 2 * (q.nbytes + k.nbytes + v.nbytes) + 2 * dout.nbytes  # out and dout beside q, k, v and theirs
     torch.cuda.synchronize()
     torch.cuda.reset_peak_memory_stats()
-    out = cp_attention_with_sink(q, k, v, sink, plan=plan, backend=args.backend)
+    out = cp_attention_with_sink(q, k, v, sink, plan=plan)
     grads = torch.autograd.grad(out, (q, k, v, sink), dout)
     torch.cuda.synchronize()
     del grads

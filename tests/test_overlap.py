@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from magi_sink_cp.dist.layout import zigzag
-from magi_sink_cp.dist.overlap import MAX_SHARDS, Work, buffer_tokens, choose_overlap_degrees, cost_s
+from magi_sink_cp.dist.overlap import FLOPS, LATENCY_S, LINK, MAX_SHARDS, Overlap, Work, buffer_tokens, choose_overlap, cost_s
 from magi_sink_cp.dist.schedule import CAUSAL, FULL, mean_remote, visible_pairs
 
 
@@ -31,24 +31,48 @@ def work(tokens: int, cp_size: int, window=CAUSAL, documents: int = 1) -> Work:
     )
 
 
+def choose(share: Work, cp_size: int, link: str, can_add_sink: bool = False) -> Overlap:
+    return choose_overlap(share, cp_size, link, can_add_sink)
+
+
 @pytest.mark.parametrize("tokens", [8192, 16384, 32768, 65536, 131072])
 def test_two_gpus_over_nvlink(tokens):
-    """Measured (docs/benchmarks.md): in forward degree 0 from 16k on, in backward 1 from 32k on; below there is no difference."""
-    forward, backward = choose_overlap_degrees(work(tokens, 2), 2, "nvlink")
-    assert forward == 0 or tokens < 16384
-    assert backward == 1 or tokens < 32768
+    """Measured (docs/benchmarks.md): degree 0 is at least as good as 1 everywhere, and kernels that add the sink do not pay."""
+    chosen = choose(work(tokens, 2), 2, "nvlink", True)
+    assert (chosen.degrees, chosen.sink_in_kernel) == ((0, 0), False)
+
+
+def test_the_head_start_fills_the_wait():
+    """64 heads on 132 processors, 128 rows of a head a tile: one wave is 256 rows. They see 4,000 own keys, which take longer."""
+    head_start = choose(work(8192, 2), 2, "nvlink").head_start
+    assert head_start.rows == 256
+    wait_s = LATENCY_S + 2048 * 4096 / LINK["nvlink"]
+    pair_s = 4 * 64 * 128 / FLOPS
+    assert (head_start.pairs + 2048 * head_start.pairs_per_key) * pair_s == pytest.approx(wait_s, rel=1e-3)
+    few_heads = dataclasses.replace(work(8192, 2), heads=8, heads_kv=1)
+    assert choose(few_heads, 2, "nvlink").head_start.rows == 2048
+    assert choose(dataclasses.replace(few_heads, heads=256), 2, "nvlink").head_start.rows == 128
+
+
+def test_kernels_add_the_sink_where_rows_see_few_keys():
+    """Measured: they win under a window of 128 and over short documents, and lose over long ones."""
+    assert choose(work(131072, 2, window=(128, 0)), 2, "nvlink", True).sink_in_kernel
+    assert choose(work(65536, 2, documents=64), 2, "nvlink", True).sink_in_kernel
+    assert not choose(work(32768, 2), 2, "nvlink", True).sink_in_kernel
+    assert not choose(work(131072, 2, window=(128, 0)), 2, "nvlink", False).sink_in_kernel, "there are none"
 
 
 def test_a_slow_link_is_hidden():
     """Between hosts a transfer takes as long as a good part of the computation."""
-    assert choose_overlap_degrees(work(65536, 2), 2, "network") == (1, 1)
-    forward, backward = choose_overlap_degrees(work(262144, 8), 8, "network")
+    forward, backward = choose(work(65536, 2), 2, "network").degrees
+    assert (forward, backward) == (0, 1), "forward has its head start, backward has none"
+    forward, backward = choose(work(262144, 8), 8, "network").degrees
     assert forward > 1
     assert backward > 1
 
 
 def test_a_halo_is_worth_no_copy_of_the_own_keys():
-    assert choose_overlap_degrees(work(131072, 2, window=(128, 0)), 2, "nvlink") == (1, 1)
+    assert choose(work(131072, 2, window=(128, 0)), 2, "nvlink").degrees == (1, 1)
     assert mean_remote(zigzag(131072, 2), [(0, 131072)], (128, 0)) == (128, 128)
 
 
@@ -60,7 +84,7 @@ def test_a_halo_is_worth_no_copy_of_the_own_keys():
 )
 def test_buffers_do_not_grow_with_the_ranks(cp_size, tokens, window, link):
     share = work(tokens, cp_size, window)
-    for degree in choose_overlap_degrees(share, cp_size, link):
+    for degree in choose(share, cp_size, link).degrees:
         assert 0 <= degree < cp_size
         assert buffer_tokens(share, degree) <= MAX_SHARDS * share.rows
         if window == (100, 0) and tokens >= 400 * cp_size:

@@ -290,7 +290,11 @@ def flash_attn_4() -> tuple[fa4._Library, list[dict]]:
         assert window[1] == 0 or not causal
         call = call_of(causal, window, softcap, softmax_scale, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
         partial = CpuBackend().forward(q, k, v, call, out)
-        return (*merge([partial], None if learnable_sink is None else learnable_sink[None]), None, None, None)
+        if learnable_sink is None:
+            return partial.out, partial.lse, None, None, None
+        overflows = ~torch.isneginf(partial.lse) & (learnable_sink.unsqueeze(-1) - partial.lse > 88)
+        merged, lse = merge([partial], learnable_sink[None])
+        return merged, lse.masked_fill(overflows, float("inf")), None, None, None
 
     def bwd(
         q, k, v, out, dout, lse, softmax_scale=None, causal=False, softcap=0.0, window_size_left=None, window_size_right=None,

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from magi_sink_cp.dist.layout import BALANCED_CHUNKS, LAYOUTS, causal_pairs, num_tokens, zigzag
-from magi_sink_cp.dist.schedule import CAUSAL, FULL, KernelCall, Schedule, build_schedule, visible_pairs
+from magi_sink_cp.dist.schedule import CAUSAL, FULL, HeadStart, KernelCall, Schedule, build_schedule, visible_pairs
 from magi_sink_cp.kernels.reference import document_mask
 from tests.helpers import offsets
 
@@ -34,11 +34,12 @@ def local_tokens(layout, rank) -> list[int]:
 
 
 def simulate(
-    lengths: list[int], cp_size: int, window_size: tuple[int, int], layout, overlap_degree: int
+    lengths: list[int], cp_size: int, window_size: tuple[int, int], layout, overlap_degree: int, head_start: HeadStart | None
 ) -> tuple[torch.Tensor, list[Schedule]]:
     """How often each (query, key) pair of the whole sequence is computed, following every rank's schedule with real buffers."""
     total = sum(lengths)
-    schedules = [build_schedule(layout, documents_of(lengths), window_size, rank, overlap_degree) for rank in range(cp_size)]
+    documents = documents_of(lengths)
+    schedules = [build_schedule(layout, documents, window_size, rank, overlap_degree, head_start) for rank in range(cp_size)]
     counts = torch.zeros(total, total, dtype=torch.int64)
     for rank, schedule in enumerate(schedules):
         rows = local_tokens(layout, rank)
@@ -101,8 +102,8 @@ def received(layout, schedules: list[Schedule], rank: int, number: int) -> list[
     return buffer
 
 
-def check(lengths, cp_size, window_size, layout, overlap_degree):
-    counts, schedules = simulate(lengths, cp_size, window_size, layout, overlap_degree)
+def check(lengths, cp_size, window_size, layout, overlap_degree, head_start=None):
+    counts, schedules = simulate(lengths, cp_size, window_size, layout, overlap_degree, head_start)
     cu = offsets(lengths)
     assert torch.equal(counts, document_mask(cu, cu, False, window_size).long())
     return schedules
@@ -112,13 +113,14 @@ def degrees(cp_size: int) -> st.SearchStrategy[int]:
     return st.integers(0, max(1, cp_size - 1))
 
 
+head_starts = st.none() | st.builds(HeadStart, st.integers(0, 100), st.floats(0, 20), st.integers(1, 3))
 windows = st.tuples(st.integers(-1, 30), st.integers(-1, 30))
 
 
 @settings(max_examples=400, deadline=None)
 @given(data=st.data(), lengths=st.lists(st.integers(0, 40), min_size=1, max_size=6), cp_size=st.integers(1, 5), window_size=windows)
 def test_windows_of_any_size_against_any_chunk(data, lengths, cp_size, window_size):
-    check(lengths, cp_size, window_size, zigzag(sum(lengths), cp_size), data.draw(degrees(cp_size)))
+    check(lengths, cp_size, window_size, zigzag(sum(lengths), cp_size), data.draw(degrees(cp_size)), data.draw(head_starts))
 
 
 @pytest.mark.parametrize("cp_size", [2, 4, 8])
@@ -163,7 +165,7 @@ def test_any_layout(data, window_size):
     owners = data.draw(st.lists(st.integers(0, cp_size - 1), min_size=len(cuts), max_size=len(cuts)))
     pieces = list(itertools.pairwise(cuts))
     layout = tuple(tuple(p for p, owner in zip(pieces, owners, strict=False) if owner == rank) for rank in range(cp_size))
-    check(lengths, cp_size, window_size, layout, data.draw(degrees(cp_size)))
+    check(lengths, cp_size, window_size, layout, data.draw(degrees(cp_size)), data.draw(head_starts))
 
 
 def test_zigzag_by_hand():
@@ -188,6 +190,25 @@ def test_one_stage_by_hand():
     assert not local.calls
     assert [(call.rows, call.keys, call.window_size) for call in together.calls] == [((0, 4), (0, 6), CAUSAL)]
     assert together.cast.buffer_tokens == 6
+
+
+def test_a_head_start_by_hand():
+    """Rank 1 of two holds rows 16 to 47 of 64, and waits for keys 0 to 15. Its last row sees 32 own keys, the one before 31, …"""
+    layout = zigzag(64, 2)
+    local, together = build_schedule(layout, [(0, 64)], CAUSAL, 1, 0, HeadStart(10, 5.0, rows=2)).stages
+    assert [(call.rows, call.keys, call.first) for call in local.calls] == [((28, 32), (0, 32), True)], "32 + 31 < 90 <= 122 pairs"
+    assert [(call.rows, call.keys, call.window_size, call.first) for call in together.calls] == [
+        ((0, 28), (0, 44), CAUSAL, True),
+        ((28, 32), (0, 16), FULL, False),
+    ]
+    assert together.own == (((0, 28), (16, 44)),), "no other call needs the last own keys beside the others'"
+    most, _ = build_schedule(layout, [(0, 64)], CAUSAL, 1, 0, HeadStart(10**6, 0.0, rows=3)).stages
+    assert [call.rows for call in most.calls] == [(26, 32)], "at most a quarter of the rows, in threes"
+    for head_start in (HeadStart(8 * 17, 0.0, rows=2), None):  # rank 0 has rows 0 to 15 to compute meanwhile
+        assert build_schedule(layout, [(0, 64)], CAUSAL, 0, 0, head_start) == build_schedule(layout, [(0, 64)], CAUSAL, 0, 0)
+    for window_size in (CAUSAL, FULL, (20, 0), (-1, 5)):
+        schedules = check([64, 7, 90], 4, window_size, zigzag(161, 4), 0, HeadStart(60, 0.0, rows=2))
+        assert any(not call.first for schedule in schedules for call in schedule.stages[1].calls), "nothing had a head start"
 
 
 @pytest.mark.parametrize("cp_size", [2, 5, 8])

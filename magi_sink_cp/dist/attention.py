@@ -6,6 +6,7 @@ Shapes on a rank: T local tokens, H query heads, H_kv key/value heads, D head_di
 from __future__ import annotations
 
 import dataclasses
+import functools
 import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -17,12 +18,13 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from magi_sink_cp.dist.agreement import GroupRef, Signature, failing_as
-from magi_sink_cp.dist.layout import Range
+from magi_sink_cp.dist.layout import Range, union
 from magi_sink_cp.dist.plan import CPPlan
 from magi_sink_cp.dist.schedule import CAUSAL, FULL, Exchange, KernelCall, Schedule, Stage
 from magi_sink_cp.dist.transport import Own, Transfer, Transport
 from magi_sink_cp.kernels.accumulate import MAX_TERMS, Term, accumulate
 from magi_sink_cp.kernels.dsink import sink_gradient
+from magi_sink_cp.kernels.fa4 import Fa4Backend
 from magi_sink_cp.kernels.inputs import check_qkv, check_sink, make_params
 from magi_sink_cp.kernels.merge import MAX_PARTIALS, merge
 from magi_sink_cp.kernels.protocol import (
@@ -36,7 +38,7 @@ from magi_sink_cp.kernels.protocol import (
     nothing_seen,
     stat_dtype,
 )
-from magi_sink_cp.kernels.registry import check_backend_name, select_backend
+from magi_sink_cp.kernels.registry import adding_sink, check_backend_name, select_backend
 
 DSINK_REDUCTIONS = ("none", "sum", "avg")
 CHECKS = ("auto", "always")
@@ -79,9 +81,9 @@ def cp_attention_with_sink(
             keys within the window travel, and one plan serves layers with different windows.
         dsink_reduce: of the gradient of an "sh" sink, to which each rank contributes its own rows: "none" leaves the partial sum,
             for frameworks that reduce parameter gradients themselves; "sum" and "avg" all-reduce it over the group.
-        overlap_degree: in how many stages other ranks' keys travel while the stage before is computed, at most cp_size - 1; 0 waits
-            for all of them and computes no row twice. "auto" takes what a cost model says, for forward and for backward
-            (magi_sink_cp/dist/overlap.py).
+        overlap_degree: in how many stages other ranks' keys travel while the stage before is computed, at most cp_size - 1; 0
+            gathers all of them, and of the rows that wait for them computes only so many twice as fill that time. "auto" takes
+            what a cost model says, for forward and for backward (magi_sink_cp/dist/overlap.py).
         grad_reduce_dtype: in which several ranks' contributions to dk and dv are added up: torch.float32 (default; fp64 for fp64
             inputs) or the dtype of k, which saves memory and rounds after each.
         checks: when the ranks compare their arguments: "auto" as under Raises, "always" in every call, for debugging.
@@ -114,12 +116,12 @@ def cp_attention_with_sink(
         raise
     plan.agree(call.signature, "cp_attention_with_sink", always)
     if q.dim() == 3:
-        out, lse = _CPAttentionWithSink.apply(q, k, v, sink, call)
+        out, lse = _CPAttentionWithSink.apply(q, k, v, sink, call, return_lse)
     else:
         batch = q.shape[:2]
         q, k, v = (x.flatten(0, 1) for x in (q, k, v))
         sink = sink.flatten(0, 1) if sink is not None and sink_layout == "ssh" else sink
-        out, lse = _CPAttentionWithSink.apply(q, k, v, sink, call)
+        out, lse = _CPAttentionWithSink.apply(q, k, v, sink, call, return_lse)
         out, lse = out.unflatten(0, batch), lse.unflatten(1, batch).transpose(0, 1)
     return (out, lse) if return_lse else out
 
@@ -138,11 +140,17 @@ class _Call:
     schedule: Schedule
     backward_schedule: Schedule
     backend: Backend
+    sink_backend: Fa4Backend | None  # whose forward adds the sink to what a row's own keys give; if None, the merge does
     params: AttentionParams
     dsink_reduce: str
     grad_reduce_dtype: torch.dtype
     signature: Signature
     requests: dict[int, Call] = field(default_factory=dict)  # of each kernel call, by its id
+
+    @functools.cached_property
+    def merges(self) -> bool:
+        """Whether any row has several partial results in forward."""
+        return not all(kernel.first for stage in self.schedule.stages for kernel in stage.calls)
 
     def padding(self, device: torch.device) -> Tensor:
         """bool (T,): the rows that are no token of the sequence."""
@@ -219,8 +227,14 @@ def _check_call(
         raise ValueError(f"dsink_reduce={dsink_reduce!r} is for sink_layout='sh'; the rows of an 'ssh' sink live on one rank each")
     if dsink_reduce != "none" and sink is None:
         raise ValueError(f"dsink_reduce={dsink_reduce!r} reduces the gradient of a sink, and sink is None")
+    chosen = select_backend(backend, q, Call(params))
+    sink_backend = adding_sink(select_backend(backend, q, Call(params), sink=sink), sink)
+    sizes = batch_size, q.shape[-2], k.shape[-2], q.shape[-1], q.element_size()
+    overlap = plan.overlap(params.window_size, *sizes, sink_backend is not None)
+    if backend == "auto" and not overlap.sink_in_kernel:
+        sink_backend = None
     if overlap_degree == "auto":
-        degrees = plan.overlap_degrees(params.window_size, batch_size, q.shape[-2], k.shape[-2], q.shape[-1], q.element_size())
+        degrees = overlap.degrees
     elif not isinstance(overlap_degree, int) or isinstance(overlap_degree, bool) or overlap_degree < 0:
         raise ValueError(f"overlap_degree must be an int >= 0 or 'auto', got {overlap_degree!r}")
     else:
@@ -230,7 +244,6 @@ def _check_call(
         raise ValueError(f"grad_reduce_dtype must be {exact} or the dtype of k, {q.dtype}, got {grad_reduce_dtype!r}")
     if plan.transport is not None and q.device != plan.device:
         raise ValueError(f"q, k and v must be on the plan's device, {plan.device}, got {q.device}")
-    chosen = select_backend(backend, q, Call(params))
     # Token counts are the plan's, which its ranks have compared already.
     signature: dict[str, object] = {
         "batch, heads, heads_kv, head_dim": [batch_size, q.shape[-2], k.shape[-2], q.shape[-1]],
@@ -243,6 +256,7 @@ def _check_call(
         "overlap_degree (forward, backward)": degrees,
         "grad_reduce_dtype": str(grad_reduce_dtype or exact),
         "backend": chosen.name,
+        "the sink is added by": "the merge" if sink_backend is None else sink_backend.name,
         "requires_grad of q, k, v, sink": [torch.is_grad_enabled() and x is not None and x.requires_grad for x in (q, k, v, sink)],
     }
     return _Call(
@@ -253,9 +267,10 @@ def _check_call(
         real_tokens=plan.real_tokens,
         batch_size=batch_size,
         overlap_degrees=degrees,
-        schedule=plan.schedule(params.window_size, degrees[0], batch_size),
+        schedule=plan.schedule(params.window_size, degrees[0], batch_size, overlap.head_start if degrees[0] == 0 else None),
         backward_schedule=plan.schedule(params.window_size, degrees[1], batch_size),
         backend=chosen,
+        sink_backend=sink_backend,
         params=params,
         dsink_reduce=dsink_reduce,
         grad_reduce_dtype=grad_reduce_dtype or exact,
@@ -269,35 +284,41 @@ class _CPAttentionWithSink(torch.autograd.Function):
     Sharded: q, out, dq (T, H, D); k, v, dk, dv (T, H_kv, D); lse (H, T). Replicated: sink (s_sink, H); or sharded, (T, s_sink, H).
 
     forward:   for each stage s and the keys A_s that it brings, (out_s, lse_s) = attention(q, A_s) while A_{s+1} travels; then,
-               once, lse = (⊕_s lse_s) ⊕ log Σ_j exp z_j and out = Σ_s exp(lse_s - lse) out_s.
+               once, lse = (⊕_s lse_s) ⊕ log Σ_j exp z_j and out = Σ_s exp(lse_s - lse) out_s. Kernels that can add the sink do so
+               in the one call that has a row's own key; then only the rows that several calls have are merged.
     backward:  for each stage, with the final lse and out: dq += dq_s; dk_s and dv_s travel home while stage s + 1 computes. The
                sink's gradient needs only lse and delta: its all-reduce starts after the first stage and is waited for at the end.
     """
 
     @staticmethod
-    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, sink: Tensor | None, call: _Call) -> tuple[Tensor, Tensor]:
+    def forward(
+        ctx: Any, q: Tensor, k: Tensor, v: Tensor, sink: Tensor | None, call: _Call, return_lse: bool
+    ) -> tuple[Tensor, Tensor]:
         k, v = k.contiguous(), v.contiguous()
-        out = torch.empty_like(q, memory_format=torch.contiguous_format)
-        own: list[Partial] = []  # of calls that write their rows of out themselves
-        partials: list[Partial] = []
+        # Rows that no call has are padding.
+        padded = call.real_tokens < call.local_tokens
+        out = (torch.zeros_like if padded else torch.empty_like)(q, memory_format=torch.contiguous_format)
+        own: list[Partial] = []  # of calls that write their rows of out themselves, each row of one of them
+        others: list[Partial] = []
+        kernel_sink = None if call.sink_backend is None else sink
+        exact_lse = return_lse or call.merges  # what is merged must be finite
         with _Flight(call) as flight:
             for stage, k_stage, v_stage in _stages(k, v, call.schedule.stages, flight):
                 for kernel in stage.calls:
                     rows, keys = slice(*kernel.rows), slice(*kernel.keys)
-                    partial = _forward_kernel(
-                        q[rows], k_stage[keys], v_stage[keys], kernel, call, out[rows] if kernel.first else None
-                    )
-                    if kernel.first:
-                        own.append(partial)
-                        continue
-                    if not partials:
-                        partials = [_together(own, q, out)]
-                    elif len(partials) == MAX_PARTIALS:
-                        partials = [Partial(*merge(partials, out_dtype=stat_dtype(q.dtype)))]
-                    partials.append(partial)
-        out, lse = merge(partials or [_together(own, q, out)], sink, out=out)
+                    target, added = (out[rows], kernel_sink) if kernel.first else (None, None)
+                    partial = _forward_kernel(q[rows], k_stage[keys], v_stage[keys], kernel, call, target, added, exact_lse)
+                    if not kernel.first and len(others) == MAX_PARTIALS - 1:
+                        others = [Partial(*merge(others, out_dtype=stat_dtype(q.dtype)))]
+                    (own if kernel.first else others).append(partial)
+        own_keys = _together(own, q, out)
+        if call.sink_backend is None:
+            out, lse = merge([own_keys, *others], sink, out=out)
+        else:
+            lse = own_keys.lse
+            _merge_where_seen(others, out, lse)
         ctx.save_for_backward(q, k, v, sink, out, lse)
-        if call.real_tokens < call.local_tokens:  # the padding's lse, the sink alone, must not reach a loss on lse
+        if padded:  # the padding's lse, the sink alone, must not reach a loss on lse
             lse = lse.masked_fill(call.padding(q.device), 0.0)
         ctx.call = call
         ctx.set_materialize_grads(False)
@@ -355,12 +376,12 @@ class _CPAttentionWithSink(torch.autograd.Function):
                     homeward[1].release()
                 homeward = leaving
             if homeward is None:
-                return dq.result(), dk.result(), dv.result(), None if dsink is None else dsink.wait(), None
+                return dq.result(), dk.result(), dv.result(), None if dsink is None else dsink.wait(), None, None
             grad_q = dq.result()  # while the last gradients travel
             _add_arrived(*homeward, dk, dv)
             grad_k, grad_v = dk.result(), dv.result()
             homeward[1].release()
-            return grad_q, grad_k, grad_v, None if dsink is None else dsink.wait(), None
+            return grad_q, grad_k, grad_v, None if dsink is None else dsink.wait(), None, None
 
 
 class _Flight:
@@ -408,26 +429,52 @@ def _together(partials: Sequence[Partial], q: Tensor, out: Tensor) -> Partial:
     """One partial of all rows from those of disjoint rows, which are in ``out`` already where the kernel could write there."""
     if not partials:
         return nothing_seen(q, out)
+    partials = sorted(partials, key=lambda partial: partial.start)
     first = partials[0]
     if len(partials) == 1 and first.out.shape[0] == q.shape[0]:
         return first
+    ends = [(partial.start, partial.start + partial.out.shape[0]) for partial in partials]
+    for partial, (start, stop) in zip(partials, ends, strict=True):
+        if partial.out.data_ptr() != out[start:stop].data_ptr():
+            out[start:stop] = partial.out
+    if [0, *(stop for _, stop in ends)] == [*(start for start, _ in ends), q.shape[0]]:
+        return Partial(out, torch.cat([partial.lse for partial in partials], dim=1))
     lse = first.lse.new_full((q.shape[1], q.shape[0]), float("-inf"))
-    for partial in partials:
-        rows = slice(partial.start, partial.start + partial.out.shape[0])
-        lse[:, rows] = partial.lse
-        if partial.out.data_ptr() != out[rows].data_ptr():
-            out[rows] = partial.out
+    for partial, (start, stop) in zip(partials, ends, strict=True):
+        lse[:, start:stop] = partial.lse
     return Partial(out, lse)
 
 
-def _forward_kernel(q: Tensor, k: Tensor, v: Tensor, kernel: KernelCall, call: _Call, out: Tensor | None) -> Partial:
-    """Attention of one kernel call; its single document, if it has but one, runs as a dense batch of one."""
+def _merge_where_seen(others: Sequence[Partial], out: Tensor, lse: Tensor) -> None:
+    """Merge what other keys give into the rows of out and lse that see them, in place."""
+    for (start, stop), which in _clusters([(partial.start, partial.start + partial.out.shape[0]) for partial in others]):
+        here = Partial(out[start:stop], lse[:, start:stop])
+        merge([here, *(dataclasses.replace(others[i], start=others[i].start - start) for i in which)], out=here.out)
+
+
+def _clusters(spans: Sequence[Range]) -> list[tuple[Range, list[int]]]:
+    """The rows of overlapping spans together, and which spans these are, in their order."""
+    return [(rows, [i for i, (start, _) in enumerate(spans) if rows[0] <= start < rows[1]]) for rows in union(spans)]
+
+
+def _forward_kernel(
+    q: Tensor, k: Tensor, v: Tensor, kernel: KernelCall, call: _Call, out: Tensor | None, sink: Tensor | None, exact_lse: bool
+) -> Partial:
+    """Attention of one kernel call; its single document, if it has but one, runs as a dense batch of one.
+
+    A ``sink`` is added by the kernel, and where ``exact_lse`` is not asked for, lse may be +inf under one that outweighs all keys.
+    """
     request = _request(kernel, call, q.device)
-    if request.varlen is not None:
+    dense = request.varlen is None
+    if dense:
+        q, k, v, out = q[None], k[None], v[None], None if out is None else out[None]
+    if sink is None:
         partial = call.backend.forward(q, k, v, request, out)
     else:
-        dense = call.backend.forward(q[None], k[None], v[None], request, None if out is None else out[None])
-        partial = Partial(dense.out[0], dense.lse[0])
+        assert call.sink_backend is not None, "kernels are given the sinks that they can add"
+        partial = call.sink_backend.forward_with_sink(q, k, v, sink, request, exact_lse, out)
+    if dense:
+        return Partial(partial.out[0], partial.lse[0], kernel.rows[0])
     return Partial(partial.out, partial.lse, kernel.rows[0])
 
 
@@ -509,12 +556,20 @@ class _GradientSum:
         return self._sum(self._like.dtype) if self._terms else torch.zeros_like(self._like)
 
     def _sum(self, dtype: torch.dtype) -> Tensor:
-        """The sum in ``dtype``, in the memory of the first contribution if that has all rows and this dtype."""
-        first, rows = self._terms[0], self._like.shape[0]
-        whole = first.tensor.dtype == dtype and (first.start, first.stop, first.tensor.shape[0]) == (0, rows, rows)
-        out = first.tensor if whole else torch.empty_like(self._like, dtype=dtype)
-        if not whole or len(self._terms) > 1:
-            accumulate(self._terms, out)
+        """The sum in ``dtype``; others are added into the first contribution, where they are, if that has all rows and this dtype."""
+        first, *others = self._terms
+        rows = self._like.shape[0]
+        if first.tensor.dtype == dtype and (first.start, first.stop, first.tensor.shape[0]) == (0, rows, rows):
+            for (start, stop), which in _clusters([(term.start, term.stop) for term in others]):
+                here = first.tensor[start:stop]
+                moved = (
+                    dataclasses.replace(term, start=term.start - start, stop=term.stop - start)
+                    for term in map(others.__getitem__, which)
+                )
+                accumulate([Term(here, 0, 0, stop - start), *moved], here)
+            return first.tensor
+        out = torch.empty_like(self._like, dtype=dtype)
+        accumulate(self._terms, out)
         return out
 
 

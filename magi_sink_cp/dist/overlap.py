@@ -1,28 +1,33 @@
-"""How many stages the keys should travel in: the cost model behind ``overlap_degree="auto"``.
+"""How the keys travel, and which kernels add the sink: the cost model behind ``overlap_degree="auto"``.
 
-Degree 0 waits for all keys and computes no row twice. Each travelling stage of degree n > 0 hides a transfer behind the computation
-before it, and costs a partial result of the rows that see its keys: another pass over out in the merge; in backward,
-FlashAttention's fp32 accumulator of dq zeroed, read and rounded once more, and the sum of two dq. Seconds beyond the computation
-itself, per rank:
+Degree 0 gathers all keys and computes no row twice, but for those that fill the wait (the head start of schedule.py). Each
+travelling stage of degree n > 0 hides a transfer behind the computation before it, and costs a partial result of the rows that see
+its keys: another pass over out in the merge; in backward, FlashAttention's fp32 accumulator of dq zeroed, read and rounded once
+more, and the sum of two dq. Seconds beyond the computation itself, per rank:
 
     link(t)            = LATENCY + bytes of k and v of t tokens / LINK
-    forward, 0:        link(all remote keys) + pass over the rank's own k and v, which are copied beside them + calls · CALL
+    forward, 0:        what of link(all remote keys) the head start cannot fill + (calls + 2) · CALL
     forward, n:        n · (2 bytes for each element of q in those rows / MEMORY) + calls · CALL
-                       + Σ stages [link(its keys) - what hides it]
-    backward, 0:       as forward, with link and pass twice, as gradients go home
+                       + Σ stages [link(its keys) - what hides it]; n + 2 for n where the kernels add the sink
+    backward, 0:       2 · (link(all remote keys) + pass over the rank's own k and v, which are copied beside them) + calls · CALL
     backward, n:       as forward, with 16 bytes and 2 · link, + link(keys of the last stage)
 
-and SLOWER · the computation: FlashAttention-3 takes longer for two calls than for one in forward, and less long in backward. With
-``ranges`` token ranges a rank, 0 makes as many kernel calls, or twice as many where documents end within them, as it computes
-rows with and without remote keys apart; n makes one for the own keys and half as many as ranges for each stage.
+and SLOWER · the computation: FlashAttention-3 takes longer for two forward calls than for one. With ``ranges`` token ranges a rank,
+0 makes as many kernel calls, or twice as many where documents end within them, as it computes rows with and without remote keys
+apart; n makes one for the own keys and half as many as ranges for each stage.
+
+Kernels that can add the sink (fa4) save the pass over out that the merge makes for it, and are slower than FlashAttention-3: they
+pay where rows see few keys.
 
 The figures are an H200's and NVLink's, or 400 Gb/s between hosts (docs/benchmarks.md); they decide between plans whose results are
-the same, so on another machine only the order of things must be right. ``overlap_degree=n`` overrides the choice.
+the same, so on another machine only the order of things must be right. ``overlap_degree=n`` overrides the degrees.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+
+from magi_sink_cp.dist.schedule import HeadStart
 
 # Bytes a second between GPUs of one host and of two; of device memory. FLOP a second of the attention kernels. Seconds.
 LINK = {"nvlink": 3.4e11, "network": 4.5e10}
@@ -34,7 +39,12 @@ CALL_S = 20e-6
 PARTIAL_BYTES = {"forward": 2, "backward": 16}
 PAIR_FLOPS = {"forward": 4, "backward": 10}
 # What degree 0, and what any other, adds to the computation of rows that see remote keys, as a part of it.
-SLOWER = {"forward": (0.0, 0.045), "backward": (0.025, 0.0)}
+SLOWER = {"forward": (0.0, 0.045), "backward": (0.0, 0.0)}
+# What a forward that adds the sink takes longer than FlashAttention-3's.
+SINK_KERNEL_SLOWER = 0.045
+# Processors, and the query rows of one head that the attention kernels give one of them at a time.
+PROCESSORS = 132
+TILE_ROWS = 128
 # A buffer holds at most so many times the rank's own keys: what a rank holds does not grow with cp_size.
 MAX_SHARDS = 4
 
@@ -65,36 +75,77 @@ class Work:
     element_size: int
 
 
-def choose_overlap_degrees(work: Work, cp_size: int, link: str) -> tuple[int, int]:
-    """The degrees of forward and backward with the least cost; equal on all ranks, as the arguments are."""
+@dataclass(frozen=True)
+class Overlap:
+    """The choices for one kind of call, equal on all ranks.
+
+    Attributes:
+        degrees: overlap_degree of forward and backward.
+        sink_in_kernel: the forward kernels add the sink; else the merge does.
+        head_start: of degree 0 in forward.
+    """
+
+    degrees: tuple[int, int]
+    sink_in_kernel: bool
+    head_start: HeadStart
+
+
+def choose_overlap(work: Work, cp_size: int, link: str, can_add_sink: bool) -> Overlap:
+    """The choices with the least cost; ``link`` is a key of LINK, ``can_add_sink`` says that there are kernels that can."""
     degrees = [n for n in range(cp_size) if buffer_tokens(work, n) <= MAX_SHARDS * work.rows] or [cp_size - 1]
+    sink_in_kernel = can_add_sink and _pass_s(work) > SINK_KERNEL_SLOWER * _computation_s(work, "forward")
     forward, backward = (
-        min(degrees, key=lambda degree: cost_s(work, cp_size, degree, link, way)) for way in ("forward", "backward")
+        min(degrees, key=lambda degree: cost_s(work, cp_size, degree, link, way, sink_in_kernel)) for way in ("forward", "backward")
     )
-    return forward, backward
+    pair_s = PAIR_FLOPS["forward"] * work.heads * work.head_dim / FLOPS
+    head_start = HeadStart(
+        pairs=round(LATENCY_S / pair_s),
+        pairs_per_key=_token_bytes(work) / LINK[link] / pair_s,
+        rows=max(1, PROCESSORS // work.heads) * TILE_ROWS,
+    )
+    return Overlap((forward, backward), sink_in_kernel, head_start)
 
 
-def cost_s(work: Work, cp_size: int, degree: int, link: str, way: str) -> float:
+def cost_s(work: Work, cp_size: int, degree: int, link: str, way: str, sink_in_kernel: bool = False) -> float:
     """Seconds beyond the computation itself; ``way`` is "forward" or "backward"."""
-    token_bytes = 2 * work.heads_kv * work.head_dim * work.element_size
+    token_bytes = _token_bytes(work)
     trips = 1 if way == "forward" else 2
 
     def link_s(tokens: float) -> float:
         return LATENCY_S + tokens * token_bytes / LINK[link]
 
     slower = SLOWER[way][min(degree, 1)] * work.remote_rows / max(1, work.rows)
-    computation = PAIR_FLOPS[way] * work.pairs * work.heads * work.head_dim / FLOPS
+    computation = _computation_s(work, way)
     if degree == 0:
         calls = work.ranges * (1 if work.documents == 1 else 2)
-        own = 2 * work.rows * token_bytes / MEMORY
-        return trips * (link_s(work.remote_keys) + own) + slower * computation + calls * CALL_S
+        travel = link_s(work.remote_keys) + 2 * work.rows * token_bytes / MEMORY
+        if way == "backward":
+            return 2 * travel + slower * computation + calls * CALL_S
+        # A head start has a quarter of the rows at most, and their own keys, 1 of cp_size parts of all.
+        return max(0.0, travel - computation / (4 * cp_size)) + slower * computation + (calls + 2) * CALL_S
     calls = 1 + degree * max(1, work.ranges // 2)
     partial = PARTIAL_BYTES[way] * work.remote_rows * work.heads * work.head_dim / MEMORY
     transfer = link_s(work.remote_keys / degree)
     exposed = max(0.0, trips * transfer - computation / (degree + 1))
-    return degree * (partial + exposed) + slower * computation + (trips - 1) * transfer + calls * CALL_S
+    # Under a merge that has to add the sink anyway, the read and write of all rows are no cost of the stages.
+    merged = degree + 2 if way == "forward" and sink_in_kernel else degree
+    return merged * partial + degree * exposed + slower * computation + (trips - 1) * transfer + calls * CALL_S
 
 
 def buffer_tokens(work: Work, degree: int) -> float:
     """Keys that stand together in a stage's buffer, on average."""
     return work.remote_keys / degree if degree else work.remote_keys + work.rows
+
+
+def _token_bytes(work: Work) -> int:
+    """Of one token's k and v."""
+    return 2 * work.heads_kv * work.head_dim * work.element_size
+
+
+def _computation_s(work: Work, way: str) -> float:
+    return PAIR_FLOPS[way] * work.pairs * work.heads * work.head_dim / FLOPS
+
+
+def _pass_s(work: Work) -> float:
+    """A read and a write of out."""
+    return 2 * work.element_size * work.rows * work.heads * work.head_dim / MEMORY

@@ -19,8 +19,9 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from magi_sink_cp.dist.agreement import GroupRef, Signature, agree, backend_for, failing_as, group_device
 from magi_sink_cp.dist.layout import LAYOUTS, Range, RankRanges, num_tokens, union
-from magi_sink_cp.dist.overlap import Work, choose_overlap_degrees
+from magi_sink_cp.dist.overlap import Overlap, Work, choose_overlap
 from magi_sink_cp.dist.schedule import (
+    HeadStart,
     Schedule,
     Window,
     build_routed_schedule,
@@ -149,8 +150,8 @@ class CPPlan:
         self._agreed: set[str] = set()
         # Calls that have been checked (attention.py), by what was checked.
         self.calls: dict[tuple[object, ...], Any] = {}
-        self._schedules: dict[tuple[Window, int, int], Schedule] = {}
-        self._degrees: dict[tuple[object, ...], tuple[int, int]] = {}
+        self._schedules: dict[tuple[Window, int, int, HeadStart | None], Schedule] = {}
+        self._overlaps: dict[tuple[object, ...], Overlap] = {}
 
     @property
     def group(self) -> ProcessGroup | None:
@@ -194,15 +195,18 @@ class CPPlan:
             raise
         return _Unshard.apply(x, dim, self)
 
-    def schedule(self, window_size: Window, overlap_degree: int, batch_size: int = 1) -> Schedule:
+    def schedule(
+        self, window_size: Window, overlap_degree: int, batch_size: int = 1, head_start: HeadStart | None = None
+    ) -> Schedule:
         """This rank's stages, built once.
 
         Args:
             window_size: (left, right) as in attention_with_sink, with right 0 for causal.
             overlap_degree: how many stages travel behind another one's computation.
             batch_size: samples, each laid out and cut into documents as the plan says, back to back.
+            head_start: what overlap_degree 0 computes while the keys travel.
         """
-        key = (window_size, min(overlap_degree, self.cp_size - 1), batch_size)
+        key = (window_size, min(overlap_degree, self.cp_size - 1), batch_size, head_start)
         if key not in self._schedules:
             length = self.total_tokens + self.pad_tokens
             starts = [sample * length for sample in range(batch_size)]
@@ -210,17 +214,15 @@ class CPPlan:
             documents = [(lo + at, hi + at) for at in starts for lo, hi in self.documents]
             routed = self.transport is not None and self.transport.needs_route
             build = build_routed_schedule if routed else build_schedule
-            self._schedules[key] = build(layout, documents, window_size, self.rank, overlap_degree)
+            self._schedules[key] = build(layout, documents, window_size, self.rank, overlap_degree, head_start)
         return self._schedules[key]
 
-    def overlap_degrees(
-        self, window_size: Window, batch_size: int, heads: int, heads_kv: int, head_dim: int, element_size: int
-    ) -> tuple[int, int]:
-        """What ``overlap_degree="auto"`` stands for in forward and in backward (overlap.py); the same on every rank."""
-        if self.cp_size == 1:
-            return 0, 0
-        key = (window_size, batch_size, heads, heads_kv, head_dim, element_size)
-        if key not in self._degrees:
+    def overlap(
+        self, window_size: Window, batch_size: int, heads: int, heads_kv: int, head_dim: int, element_size: int, can_add_sink: bool
+    ) -> Overlap:
+        """What the cost model chooses (overlap.py); the same on every rank."""
+        key = (window_size, batch_size, heads, heads_kv, head_dim, element_size, can_add_sink)
+        if key not in self._overlaps:
             left, right = window_size
             pairs = sum(visible_pairs(hi - lo, hi - lo, left, right) for lo, hi in self.documents)
             remote_keys, remote_rows = mean_remote(self.layout, self.documents, window_size)
@@ -237,8 +239,8 @@ class CPPlan:
                 element_size=element_size,
             )
             on_one_host = self.transport is not None and self.transport.needs_route
-            self._degrees[key] = choose_overlap_degrees(work, self.cp_size, "nvlink" if on_one_host else "network")
-        return self._degrees[key]
+            self._overlaps[key] = choose_overlap(work, self.cp_size, "nvlink" if on_one_host else "network", can_add_sink)
+        return self._overlaps[key]
 
     def agree(self, signature: Signature | Exception, what: str, always: bool = False) -> None:
         """Compare a call's signature over the ranks: every time, or on GPUs, unless ``always``, the first time.

@@ -4,8 +4,9 @@ Words: a *document* is a half-open global token range; *rows* and *keys* are loc
 keys of some ranks together in a *buffer*, in the order of the whole sequence, and computes with them, while the next stage's keys
 travel. The first stage is *local*: it reads the rank's own keys where they are, and nothing travels for it. *Step* s brings rank r
 the keys of rank (r - s) mod cp. ``overlap_degree`` n > 0 computes all rows with the rank's own keys in the local stage, and the
-other steps in n groups, one stage each. 0 computes no row twice: in the local stage those that see own keys alone, and in one more
-stage the others, with all the keys that they see.
+other steps in n groups, one stage each. 0 gathers all keys in one stage and computes rows there with all that they see, but for
+those that see own keys alone: the local stage has them. With a :class:`HeadStart` the local stage also has some rows' own keys,
+which are then the only rows that are computed twice.
 
 Under zigzag and a causal mask, cp_size = 2, one document (rows × keys by chunk; own causal part \\, remote rectangle #):
 
@@ -165,8 +166,26 @@ class Schedule:
         return sum(stage.cast.received_tokens for stage in self.stages)
 
 
+@dataclass(frozen=True)
+class HeadStart:
+    """What overlap_degree 0 computes while the keys travel: ``pairs``, and ``pairs_per_key`` for each key that travels to the rank.
+
+    Where rows that see own keys alone are fewer, the last rows of a document's part start with their own keys: a multiple of
+    ``rows`` of them, and at most a quarter of the part.
+    """
+
+    pairs: int
+    pairs_per_key: float
+    rows: int
+
+
 def build_schedule(
-    layout: Sequence[RankRanges], documents: Sequence[Range], window_size: Window, rank: int, overlap_degree: int
+    layout: Sequence[RankRanges],
+    documents: Sequence[Range],
+    window_size: Window,
+    rank: int,
+    overlap_degree: int,
+    head_start: HeadStart | None = None,
 ) -> Schedule:
     """The schedule of ``rank``.
 
@@ -175,8 +194,9 @@ def build_schedule(
         documents: sorted, disjoint, non-empty global ranges; tokens of none are padding.
         window_size: (left, right) tokens that a query sees around itself in its document; -1 is unlimited, right 0 is causal.
         overlap_degree: how many stages travel behind another one's computation; more than cp_size - 1 are as many.
+        head_start: for overlap_degree 0.
     """
-    return Schedule(tuple(_Sequence(layout, documents, window_size).stages(rank, overlap_degree)))
+    return Schedule(tuple(_Sequence(layout, documents, window_size).stages(rank, overlap_degree, head_start)))
 
 
 def mean_remote(layout: Sequence[RankRanges], documents: Sequence[Range], window_size: Window) -> tuple[int, int]:
@@ -187,11 +207,16 @@ def mean_remote(layout: Sequence[RankRanges], documents: Sequence[Range], window
 
 
 def build_routed_schedule(
-    layout: Sequence[RankRanges], documents: Sequence[Range], window_size: Window, rank: int, overlap_degree: int
+    layout: Sequence[RankRanges],
+    documents: Sequence[Range],
+    window_size: Window,
+    rank: int,
+    overlap_degree: int,
+    head_start: HeadStart | None = None,
 ) -> Schedule:
     """:func:`build_schedule` with the routes of its exchanges, for which it builds the schedules of all ranks."""
     sequence = _Sequence(layout, documents, window_size)
-    schedules = [Schedule(tuple(sequence.stages(other, overlap_degree))) for other in range(len(layout))]
+    schedules = [Schedule(tuple(sequence.stages(other, overlap_degree, head_start))) for other in range(len(layout))]
     return _add_routes(schedules, rank)
 
 
@@ -247,7 +272,7 @@ class _Sequence:
         self._pieces_of: dict[int, list[_Piece]] = {}
         self._seen_by: dict[int, RankRanges] = {}
 
-    def stages(self, rank: int, overlap_degree: int) -> Iterator[Stage]:
+    def stages(self, rank: int, overlap_degree: int, head_start: HeadStart | None) -> Iterator[Stage]:
         """The stages of ``rank``."""
         cp_size = len(self._layout)
         pieces = self._pieces(rank)
@@ -259,25 +284,63 @@ class _Sequence:
                 yield self._stage(rank, 1 + group, steps, pieces)
         else:
             own = union(self._layout[rank])
-            remote = [num_tokens(intersection(own, (piece.keys,))) < piece.keys[1] - piece.keys[0] for piece in pieces]
-            yield self._stage(rank, 0, range(1), [piece for piece, sees in zip(pieces, remote, strict=True) if not sees])
-            yield self._stage(rank, 1, range(cp_size), [piece for piece, sees in zip(pieces, remote, strict=True) if sees])
+            alone: list[_Piece] = []
+            gathered: list[_Piece] = []
+            for piece in pieces:
+                sees_own_alone = num_tokens(intersection(own, (piece.keys,))) == piece.keys[1] - piece.keys[0]
+                (alone if sees_own_alone else gathered).append(piece)
+            early: list[_Piece] = []
+            if head_start is not None and gathered:
+                gathered, early = self._split(rank, alone, gathered, head_start)
+            yield self._stage(rank, 0, range(1), [*alone, *early])
+            yield self._stage(rank, 1, range(cp_size), gathered, early)
 
-    def _stage(self, rank: int, number: int, steps: range, pieces: Sequence[_Piece]) -> Stage:
-        """Stage ``number``, of the keys that ``steps`` bring to ``pieces`` of ``rank``."""
+    def _split(
+        self, rank: int, alone: Sequence[_Piece], gathered: Sequence[_Piece], head_start: HeadStart
+    ) -> tuple[list[_Piece], list[_Piece]]:
+        """``gathered`` without the rows that get the head start, and these."""
+        left, right = self._window
+        own = union(self._layout[rank])
+
+        def own_pairs(pieces: Sequence[_Piece]) -> int:
+            segments = self._segments(pieces, own, lambda keys: keys)
+            return sum(visible_pairs(s.rows[1] - s.rows[0], s.keys[1] - s.keys[0], *s.window_size) for s in segments)
+
+        def cut(piece: _Piece, num_rows: int) -> tuple[_Piece, _Piece]:
+            (lo, hi), at = piece.rows, piece.rows[1] - num_rows
+            first, last = (_reach(piece.keys, rows, left, right) for rows in ((lo, at), (at, hi)))
+            return _Piece((lo, at), piece.start, first), _Piece((at, hi), piece.start + at - lo, last)
+
+        missing = head_start.pairs + head_start.pairs_per_key * self.remote(rank)[0] - own_pairs(alone)
+        chosen = max(gathered, key=lambda piece: own_pairs([piece]))
+        most = (chosen.rows[1] - chosen.rows[0]) // (4 * head_start.rows)
+        steps = min(most, bisect_left(range(most), missing, key=lambda n: own_pairs([cut(chosen, n * head_start.rows)[1]])))
+        if steps == 0:
+            return list(gathered), []
+        late, early = cut(chosen, steps * head_start.rows)
+        return [late if piece is chosen else piece for piece in gathered], [early]
+
+    def _stage(self, rank: int, number: int, steps: range, pieces: Sequence[_Piece], early: Sequence[_Piece] = ()) -> Stage:
+        """Stage ``number``: ``pieces`` of ``rank`` with the keys that ``steps`` bring, ``early`` ones with the others' alone."""
         cp_size = len(self._layout)
         local = steps == range(1)
         mine = _local(self._layout[rank])
         own: list[tuple[Range, Range]] = []
         receives: list[Message] = []
+        remote: RankRanges = ()
         if local:
             runs, to_buffer, size = union(self._layout[rank]), mine, num_tokens(self._layout[rank])
         else:
             sources = [(rank - step) % cp_size for step in steps]
-            seen = union([piece.keys for piece in pieces])
-            arrivals = sorted((tokens, source) for source in sources for tokens in intersection(seen, self._layout[source]))
+            here, seen = (union([piece.keys for piece in seeing]) for seeing in (pieces, (*pieces, *early)))
+            arrivals = sorted(
+                (tokens, source)
+                for source in sources
+                for tokens in intersection(here if source == rank else seen, self._layout[source])
+            )
             buffer = [tokens for tokens, _ in arrivals]
             runs, to_buffer, size = union(buffer), _local(buffer), num_tokens(buffer)
+            remote = union([tokens for tokens, source in arrivals if source != rank])
             for tokens, source in arrivals:
                 if source == rank:
                     own.append((mine(tokens), to_buffer(tokens)))
@@ -294,8 +357,9 @@ class _Sequence:
                 sends.append(Message(target, mine(tokens)))
                 homeward.append(Message(target, (place, place + tokens[1] - tokens[0])))
                 place += tokens[1] - tokens[0]
-        segments = _join(list(self._segments(pieces, runs, to_buffer)))
-        calls = _group(segments, [piece.start for piece in self._pieces(rank)] if 0 in steps else None)
+        segments = _join(list(self._segments(pieces, runs, to_buffer))) + _join(list(self._segments(early, remote, to_buffer)))
+        starts = sorted({piece.start for piece in (*self._pieces(rank), *pieces, *early)})
+        calls = _group(segments, starts if 0 in steps else None)
         return Stage(
             local=local,
             calls=tuple(sorted(calls, key=lambda call: not call.first)),

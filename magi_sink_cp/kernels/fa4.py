@@ -66,13 +66,15 @@ class Fa4Backend(FlashBackend):
     def describe(self) -> str:
         return f"fa4 (flash-attn-4 {_library().version})"
 
-    def forward_with_sink(self, q: Tensor, k: Tensor, v: Tensor, sink: Tensor, call: Call, exact_lse: bool = True) -> Partial:
+    def forward_with_sink(
+        self, q: Tensor, k: Tensor, v: Tensor, sink: Tensor, call: Call, exact_lse: bool = True, out: Tensor | None = None
+    ) -> Partial:
         """Like forward, with ``sink`` (1, H) in the denominator of every row.
 
         Its sum overflows where a sink is more than 88 above a row's largest score. out is 0 then, as it should be, and lse = +inf,
         which is as good in a backward without dlse (P = exp(S - lse) = 0). With ``exact_lse`` it is what it should be, the sink.
         """
-        partial = self._run_forward(q, k, v, call, None, sink)
+        partial = self._run_forward(q, k, v, call, out, sink)
         if not exact_lse:
             return partial
         lse = torch.where(partial.lse == float("inf"), sink[0].float().unsqueeze(-1), partial.lse)

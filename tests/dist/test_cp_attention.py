@@ -11,10 +11,13 @@ import torch.distributed as dist
 
 from magi_sink_cp import attention_with_sink, cp_attention_with_sink, make_cp_plan
 from magi_sink_cp.dist import attention as cp_module
+from magi_sink_cp.dist import overlap
+from magi_sink_cp.kernels import fa4
 from magi_sink_cp.kernels.protocol import Partial
 from magi_sink_cp.kernels.reference import document_mask, reference_attention
 from tests.dist.ranks import run_on_ranks
 from tests.helpers import Case, assert_close, errors, make_case, run, truth
+from tests.test_packages import flash_attn_4
 
 
 def cp_results(
@@ -204,8 +207,12 @@ def body_random(group, device, *, seeds, dtype=torch.float32, check=None, longes
                 [float("-inf"), -1e4, 100.0]
             )
         arguments = {"layout": draw.choice(["zigzag", "balanced"]), "overlap_degree": draw.choice([0, 1, 2, 3, "auto"]), **fixed}
+        fine = draw.random() < 0.5  # a head start of single rows, where a GPU takes hundreds
         try:
-            result = cp_results(case, group, device, **arguments)
+            with mock.patch.multiple(
+                overlap, TILE_ROWS=1 if fine else overlap.TILE_ROWS, PROCESSORS=1 if fine else overlap.PROCESSORS
+            ):
+                result = cp_results(case, group, device, **arguments)
             if check is None:
                 assert_close(result, truth(case), 1e-5)
             else:
@@ -391,10 +398,9 @@ def test_gradients_are_summed_in_fp32(count, folds):
     assert torch.equal(total.result(), expected.bfloat16())
 
 
-@pytest.mark.parametrize("num_ranks", [2, 4])
-def test_folding_partials(num_ranks):
+def test_folding_partials():
     """With more partials than one merge takes, the earlier ones are folded in fp32: memory does not grow with cp."""
-    run_on_ranks(num_ranks, body_folding)
+    run_on_ranks(4, body_folding)
 
 
 def body_folding(group, device) -> None:
@@ -405,10 +411,10 @@ def body_folding(group, device) -> None:
         folded.append(out_dtype)
         return original(partials, sink, out, out_dtype)
 
-    with mock.patch.object(cp_module, "MAX_PARTIALS", 2), mock.patch.object(cp_module, "merge", recording):
+    with mock.patch.object(cp_module, "MAX_PARTIALS", 3), mock.patch.object(cp_module, "merge", recording):
         low = make_case([64], [64], dtype=torch.bfloat16, causal=False)
         cp_results(low, group, device, overlap_degree=7)
-        assert folded[:-1] == [torch.float32] * (dist.get_world_size(group) - 2), "partials are folded in fp32"
+        assert folded == [torch.float32, None], "of three stages' partials two are folded, in fp32, before the last merge"
         for causal in (True, False):
             body_matches_reference(group, device, arguments={"overlap_degree": 7}, lengths=[50, 3, 20], causal=causal)
 
@@ -510,3 +516,53 @@ def test_a_checked_call_excuses_no_other(good, bad):
     cp_attention_with_sink(q, k, k, plan=plan, **good)
     with pytest.raises((TypeError, ValueError)):
         cp_attention_with_sink(q, k, k, plan=plan, **bad)
+
+
+@pytest.mark.parametrize("num_ranks", [1, 2, 4])
+@pytest.mark.parametrize("overlap_degree", [0, 1, 3])
+@pytest.mark.parametrize("tile_rows", [1, 128])
+def test_kernels_that_add_the_sink(num_ranks, overlap_degree, tile_rows):
+    run_on_ranks(num_ranks, body_native_sink, overlap_degree=overlap_degree, tile_rows=tile_rows)
+
+
+def body_native_sink(group, device, *, overlap_degree, tile_rows) -> None:
+    """FlashAttention-4's forward (a stand-in) adds the sink once a row, and only rows with several partial results are merged."""
+    library, seen = flash_attn_4()
+    backend = fa4.Fa4Backend()
+
+    def one_a_head(_, sink):
+        return backend if sink is not None and sink.dim() == 2 and sink.shape[0] == 1 else None
+
+    with (
+        mock.patch.object(fa4, "_library", return_value=library),
+        mock.patch.object(cp_module, "adding_sink", one_a_head),
+        mock.patch.multiple(overlap, TILE_ROWS=tile_rows, PROCESSORS=1, SINK_KERNEL_SLOWER=0.0),
+        mock.patch.object(cp_module, "merge", mock.Mock(wraps=cp_module.merge)) as merge,
+    ):
+        for lengths, arguments in (
+            ([41], {"causal": True}),
+            ([41], {"causal": True, "with_dlse": True}),
+            ([23, 1, 0, 30, 9], {"causal": True, "window_size": (7, 0)}),
+            ([5, 17, 1, 0, 23, 9], {"causal": False}),
+            ([3], {"causal": True}),
+        ):
+            for value in (None, float("-inf"), 100.0, -200.0):
+                case = make_case(lengths, lengths, s_sink=1, **arguments)
+                if value is not None:
+                    case.sink[0, 1] = value
+                seen.clear()
+                merge.reset_mock()
+                assert_close(cp_results(case, group, device, overlap_degree=overlap_degree), truth(case), 1e-5)
+                assert all(call["learnable_sink"] is not None for call in seen), "other keys are the other backend's"
+                assert all(call.args[1:] == () and "sink" not in call.kwargs for call in merge.call_args_list), "the sink again"
+                if overlap_degree == 0 and tile_rows == 128:
+                    assert not merge.called, "no row has two partial results"
+        case = make_case([30], [30], s_sink=2, causal=True)
+        seen.clear()
+        assert_close(cp_results(case, group, device, overlap_degree=overlap_degree), truth(case), 1e-5)
+        assert not seen, "two sinks a head are the merge's"
+    with mock.patch.object(fa4, "_library", return_value=library), mock.patch.object(cp_module, "adding_sink", one_a_head):
+        with mock.patch.object(overlap, "SINK_KERNEL_SLOWER", 1e9):
+            case = make_case([30], [30], s_sink=1, causal=True)
+            assert_close(cp_results(case, group, device, overlap_degree=overlap_degree), truth(case), 1e-5)
+        assert not seen, "the cost model said that the merge is cheaper"
