@@ -51,7 +51,7 @@ def run(args: argparse.Namespace) -> Iterator[list[Row]]:
     torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     dist.init_process_group("nccl", device_id=torch.device("cuda", torch.cuda.current_device()))
     parts: list[Callable[[], list[Row]]] = [
-        *(lambda tokens=tokens: memory_rows(args, tokens) for tokens in TOKENS),  # first, as the arena never shrinks
+        *(lambda tokens=tokens: memory_rows(tokens) for tokens in TOKENS),  # first, as the arena never shrinks
         *(lambda tokens=tokens: causal_rows(args, tokens) for tokens in TOKENS),
         *(lambda tokens=tokens: overlap_rows(args, tokens) for tokens in EXPOSED_TOKENS),
         lambda: window_rows(args),
@@ -210,7 +210,7 @@ def exposed_rows(args: argparse.Namespace, tokens: int) -> list[Row]:
     The slower GPU waits for the transfers alone; the faster one waits for the slower one too.
     """
     plan = make_cp_plan(tokens, group=dist.group.WORLD)
-    events = profiled_step(args, plan)
+    events = profiled_step(plan)
     stream = max({e["stream"] for e in events}, key=lambda s: sum(e["us"] for e in events if e["stream"] == s and e["compute"]))
     busy = sorted((e["start"], e["start"] + e["us"]) for e in events if e["stream"] == stream and e["compute"])
     span = busy[-1][1]  # from where all ranks are ready on
@@ -250,7 +250,7 @@ def write_trace(path: Path, events_of_ranks: list[list[dict[str, Any]]]) -> None
                     )
 
 
-def profiled_step(args: argparse.Namespace, plan: CPPlan) -> list[dict[str, Any]]:
+def profiled_step(plan: CPPlan) -> list[dict[str, Any]]:
     """What the GPU did in one forward and backward, enqueued whole before it starts, so that the host cannot hold it up."""
     q, k, v, dout, sink = draw((plan.local_tokens,), 128)
 
@@ -286,7 +286,7 @@ def profiled_step(args: argparse.Namespace, plan: CPPlan) -> list[dict[str, Any]
     ]
 
 
-def memory_rows(args: argparse.Namespace, tokens: int) -> list[Row]:
+def memory_rows(tokens: int) -> list[Row]:
     """Peak of one rank over q, k, v, out and their gradients, the arena of symmetric memory included."""
     plan = make_cp_plan(tokens, group=dist.group.WORLD)
     q, k, v, dout, sink = draw((plan.local_tokens,), 128)

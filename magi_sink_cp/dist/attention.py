@@ -556,7 +556,7 @@ class _GradientSum:
         return self._sum(self._like.dtype) if self._terms else torch.zeros_like(self._like)
 
     def _sum(self, dtype: torch.dtype) -> Tensor:
-        """The sum in ``dtype``; others are added into the first contribution, where they are, if that has all rows and this dtype."""
+        """The sum in ``dtype``. A first contribution of all rows in this dtype has the others added to it, where they are."""
         first, *others = self._terms
         rows = self._like.shape[0]
         if first.tensor.dtype == dtype and (first.start, first.stop, first.tensor.shape[0]) == (0, rows, rows):
