@@ -16,6 +16,7 @@ from magi_sink_cp.kernels.flash import NotUsableError
 
 _WAIT_UNTIL_GEQ = 0
 _DISABLE_TIMING = 2
+_MOST_LINKS = 18
 _DEFAULT = 0  # of a write: everything before it in the stream is visible to whoever sees it, on any device
 
 
@@ -80,6 +81,24 @@ def _new_event() -> Handle:
 def check_available() -> None:
     """Raise NotUsableError if this process has no NVIDIA driver with these operations."""
     _driver()
+
+
+def missing_nvlink() -> str | None:
+    """Why copies from the current GPU to others do not go over NVLink, or None: NVML knows its links, and whether one is active."""
+    try:
+        nvml = ctypes.CDLL("libnvidia-ml.so.1")
+    except OSError as error:
+        return f"NVML, which knows of NVLink, does not load: {error}"
+    device, bus, handle, active = ctypes.c_int(), ctypes.create_string_buffer(32), ctypes.c_void_p(), ctypes.c_uint()
+    _check(_driver().cuDeviceGet(ctypes.byref(device), torch.cuda.current_device()), "cuDeviceGet")
+    _check(_driver().cuDeviceGetPCIBusId(bus, len(bus), device), "cuDeviceGetPCIBusId")
+    result = nvml.nvmlInit_v2() or nvml.nvmlDeviceGetHandleByPciBusId_v2(bus, ctypes.byref(handle))
+    if result:
+        return f"NVML, which knows of NVLink, fails with error {result}"
+    for link in range(_MOST_LINKS):
+        if nvml.nvmlDeviceGetNvLinkState(handle, link, ctypes.byref(active)) == 0 and active.value:
+            return None
+    return f"GPU {bus.value.decode()} has no active NVLink"
 
 
 @functools.cache

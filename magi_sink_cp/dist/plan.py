@@ -43,6 +43,8 @@ _log = logging.getLogger("magi_sink_cp")
 
 # Each group's symmetric memory, or why it has none.
 _symmetric: weakref.WeakKeyDictionary[ProcessGroup, SymmetricMemory | str] = weakref.WeakKeyDictionary()
+# Groups that were told so.
+_warned: weakref.WeakSet[ProcessGroup] = weakref.WeakSet()
 
 
 def make_cp_plan(
@@ -65,7 +67,8 @@ def make_cp_plan(
         layout: "zigzag": rank r holds chunks r and 2·cp - 1 - r of 2·cp equal chunks. "balanced": more, smaller chunks, dealt
             out so that the ranks' work under a causal mask is nearly equal also for many short documents.
         transport: how keys travel: "nccl" or "gloo" (the group must have that backend), "symm_mem" (copies between the GPUs
-            of one host that leave the SMs alone), or "auto": "symm_mem" where it can be set up, else the group's own backend.
+            of one host that leave the SMs alone), or "auto": "symm_mem" where it can be set up and every GPU has NVLink, else the
+            group's own backend, and then one warning on its first rank says why.
 
     Raises:
         TypeError, ValueError: on every rank, if an argument is invalid on any rank or the ranks differ; a ``group`` that is no
@@ -238,8 +241,8 @@ class CPPlan:
                 head_dim=head_dim,
                 element_size=element_size,
             )
-            on_one_host = self.transport is not None and self.transport.needs_route
-            self._overlaps[key] = choose_overlap(work, self.cp_size, "nvlink" if on_one_host else "network", can_add_sink)
+            over_nvlink = isinstance(self.transport, SymmetricMemory) and self.transport.missing_nvlink is None
+            self._overlaps[key] = choose_overlap(work, self.cp_size, "nvlink" if over_nvlink else "network", can_add_sink)
         return self._overlaps[key]
 
     def agree(self, signature: Signature | Exception, what: str, always: bool = False) -> None:
@@ -380,16 +383,20 @@ def _transport(name: str, group: ProcessGroup | None) -> Transport | None:
         return None
     device_type = group_device(group).type
     if name == "symm_mem" or (name == "auto" and device_type == "cuda"):
-        first = group not in _symmetric
-        if first:
+        if group not in _symmetric:
             _symmetric[group] = connect(group)
         found = _symmetric[group]
         if isinstance(found, SymmetricMemory):
-            return found
-        if name == "symm_mem":
+            if name == "symm_mem" or found.missing_nvlink is None:
+                return found
+            why = f"symmetric memory would not use NVLink in this group ({found.missing_nvlink}); transport='symm_mem' takes it"
+        elif name == "symm_mem":
             raise RuntimeError(f"transport='symm_mem' is not possible in this group: {found}; use 'auto' or 'nccl'")
-        if first and dist.get_rank(group) == 0:
-            _log.warning("magi_sink_cp: keys travel by NCCL, as symmetric memory is not possible in this group: %s", found)
+        else:
+            why = f"symmetric memory is not possible in this group: {found}"
+        if dist.get_rank(group) == 0 and group not in _warned:
+            _warned.add(group)
+            _log.warning("magi_sink_cp: keys travel by NCCL, as %s", why)
     return PointToPoint(group, backend_for(group, device_type) or device_type)
 
 

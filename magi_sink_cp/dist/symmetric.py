@@ -87,7 +87,8 @@ class SymmetricMemory(Transport):
     name = "symm_mem"
     needs_route = True
 
-    def __init__(self, rank: int, cp_size: int, streams: Streams) -> None:
+    def __init__(self, rank: int, cp_size: int, streams: Streams, missing_nvlink: str | None = None) -> None:
+        self.missing_nvlink = missing_nvlink  # why copies go another way, equal on all ranks, or None
         self._rank = rank
         self._streams = streams
         self._lock = threading.Lock()
@@ -363,19 +364,21 @@ def _without_multicast() -> Iterator[None]:
 
 def connect(group: ProcessGroup) -> SymmetricMemory | str:
     """The group's transport, or, on every rank, why there is none. Every rank of the group must call this."""
-    streams, reason = None, _missing_here()
+    streams, reason, missing_nvlink = None, _missing_here(), None
     if reason is None:
         try:
             streams = _Cuda(group)
+            missing_nvlink = driver.missing_nvlink()
         except Exception as error:  # whatever the driver or torch says, it is the reason
             reason = f"{type(error).__name__}: {error}"[:400]
-    records = collect({"reason": reason, "host": _host()}, group, "symmetric memory")
+    records = collect({"reason": reason, "host": _host(), "nvlink": missing_nvlink}, group, "symmetric memory")
     try:
         _raise_first_reason(records)
         if len({record["host"] for record in records}) > 1:
             return "its ranks are on different hosts"
         assert streams is not None, "there was no reason against it"
-        return SymmetricMemory(dist.get_rank(group), dist.get_world_size(group), streams)
+        missing = [f"cp rank {rank}: {record['nvlink']}" for rank, record in enumerate(records) if record["nvlink"]]
+        return SymmetricMemory(dist.get_rank(group), dist.get_world_size(group), streams, missing[0] if missing else None)
     except NotUsableError as error:
         return str(error)
 

@@ -15,6 +15,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from magi_sink_cp import cp_attention_with_sink, make_cp_plan
 from magi_sink_cp.dist import plan as plan_module
 from magi_sink_cp.dist.agreement import agree
+from magi_sink_cp.dist.symmetric import SymmetricMemory
 from tests.dist.ranks import run_on_ranks
 
 
@@ -288,6 +289,19 @@ def body_fall_back(group, device) -> None:
         assert connect.call_count == 1
         assert warning.call_count == (1 if rank == 0 else 0)
     del plan_module._symmetric[group]
+    plan_module._warned.discard(group)
+    over_pcie = SymmetricMemory(rank, 2, mock.MagicMock(), "cp rank 1: GPU 0000:03:00.0 has no active NVLink")
+    connected = mock.patch.object(plan_module, "connect", return_value=over_pcie)
+    with on_gpus, nccl, connected, mock.patch.object(plan_module._log, "warning") as warning:
+        for _ in range(2):
+            assert plan_module._transport("auto", group).name == "nccl"
+        assert plan_module._transport("symm_mem", group) is over_pcie, "asked for by name it is taken"
+        assert [call.args[1] for call in warning.call_args_list] == [
+            "symmetric memory would not use NVLink in this group (cp rank 1: GPU 0000:03:00.0 has no active NVLink); "
+            "transport='symm_mem' takes it"
+        ] * (rank == 0)
+    del plan_module._symmetric[group]
+    plan_module._warned.discard(group)
     with pytest.raises(ValueError, match="transport='symm_mem' is for GPUs, and the group's backend is"):
         make_cp_plan(12, group=group, transport="symm_mem")
     with pytest.raises(ValueError, match=r"transport='nccl' needs a group with that backend for its device \(cpu\), got"):

@@ -217,7 +217,7 @@ def body_out_of_step(group, device) -> None:
             make_cp_plan(32, group=group)
 
 
-@pytest.mark.parametrize("fault", [None, "no driver", "no stream", "no memory", "no mapping", "another host"])
+@pytest.mark.parametrize("fault", [None, "no driver", "no stream", "no memory", "no mapping", "no NVLink", "another host"])
 def test_set_up_succeeds_on_every_rank_or_on_none(fault):
     run_on_ranks(3, body_set_up, fault=fault)
 
@@ -251,6 +251,7 @@ def body_set_up(group, device, *, fault) -> None:
         "symm_mem.empty": failing("no memory", buffer),
         "symm_mem.rendezvous": failing("no mapping", handle),
         "dist.barrier": lambda *_, **__: None,
+        "driver.missing_nvlink": lambda: "it has no NVLink" if here and fault == "no NVLink" else None,
         "_host": lambda: "elsewhere" if here and fault == "another host" else "here",
     }
     with contextlib.ExitStack() as stack:
@@ -261,8 +262,9 @@ def body_set_up(group, device, *, fault) -> None:
                 owner = getattr(owner, part)
             stack.enter_context(mock.patch.object(owner, attribute, replacement))
         found = symmetric_module.connect(group)
-    if fault is None:
+    if fault in (None, "no NVLink"):
         assert isinstance(found, SymmetricMemory)
+        assert found.missing_nvlink == (None if fault is None else "cp rank 1: it has no NVLink"), "every rank knows"
         rank = dist.get_rank(group)
         addresses = [base + 4096 for base in handle.buffer_ptrs]
         assert found._arena.addresses == addresses
