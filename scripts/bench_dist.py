@@ -155,11 +155,11 @@ def compared(
 ) -> list[Row]:
     """Forward, and forward with backward, of each of ``ours`` (function, leaves, gradient) beside the whole sequence on one GPU."""
     ranks, tokens, head_dim = dist.get_world_size(), shape["tokens"], shape["head_dim"]
-    leading = (1, tokens) if cu_seqlens is None and window_size == (-1, 0) else (tokens,)
+    leading = (1, tokens) if cu_seqlens is None else (tokens,)
     whole_q, whole_k, whole_v, whole_dout, _ = draw(leading, head_dim)
     varlen = None
-    if len(leading) == 1:
-        offsets = torch.tensor(cu_seqlens or [0, tokens], dtype=torch.int32, device="cuda")
+    if cu_seqlens is not None:
+        offsets = torch.tensor(cu_seqlens, dtype=torch.int32, device="cuda")
         longest = int((offsets[1:] - offsets[:-1]).max())
         varlen = Varlen(offsets, offsets, longest, longest)
     call = Call(make_params(head_dim, None, True, (window_size[0], -1), 0.0, False), varlen)

@@ -518,11 +518,11 @@ def _request(kernel: KernelCall, call: _Call, device: torch.device) -> Call:
 def _varlen(kernel: KernelCall, device: torch.device) -> Varlen | None:
     """The call's offsets on ``device``; None for a single document, which runs as a dense batch of one.
 
-    Windows always run packed: FlashAttention-2 gets some dense ones wrong (kernels/flash.py).
+    Windows with more rows than keys run packed: FlashAttention-2 gets some of them wrong (kernels/flash.py).
     """
-    if len(kernel.cu_seqlens_q) == 2 and kernel.window_size in (FULL, CAUSAL):
-        return None
     both_offsets = kernel.cu_seqlens_q, kernel.cu_seqlens_k
+    if len(kernel.cu_seqlens_q) == 2 and (kernel.window_size in (FULL, CAUSAL) or kernel.cu_seqlens_q[1] <= kernel.cu_seqlens_k[1]):
+        return None
     max_q, max_k = (max(hi - lo for lo, hi in itertools.pairwise(offsets)) for offsets in both_offsets)
     both = torch.tensor(both_offsets, dtype=torch.int32).to(device)
     return Varlen(both[0].contiguous(), both[1].contiguous(), max_q, max_k)

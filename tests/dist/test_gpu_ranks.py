@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from unittest import mock
+
 import pytest
 import torch
 
 from magi_sink_cp import attention_with_sink, backends, cp_attention_with_sink, make_cp_plan
+from magi_sink_cp.kernels.fa4 import Fa4Backend
 from tests.dist.ranks import run_on_ranks
 from tests.dist.test_cp_attention import LENGTHS, body_random, cp_results
 from tests.helpers import Case, assert_within_plain, errors, make_case, run, truth
@@ -54,6 +57,31 @@ def test_windows(backend, transport, overlap_degree, window):
     arguments = {"transport": transport, "overlap_degree": overlap_degree}
     case = {"causal": causal, "window_size": window_size, "head_dim": 64, "lengths": [300, 1, 0, 511, 64]}
     run_on_ranks(2, body_within_plain_error, "cuda", backend=backend, arguments=arguments, **case)
+
+
+@pytest.mark.parametrize("backend", ["fa4", "auto"])
+@pytest.mark.parametrize("transport", TRANSPORTS)
+@pytest.mark.parametrize("overlap_degree", [0, 1])
+def test_flash_attention_4_adds_the_sink(backend, transport, overlap_degree):
+    """One sink a head: "auto" takes fa4 in forward, as rows see few keys here, and fa3 in backward."""
+    if reason := {info.name: info.reason for info in backends()}["fa4"]:
+        pytest.skip(f"fa4: {reason}")
+    arguments = {"transport": transport, "overlap_degree": overlap_degree}
+    for lengths, options in (
+        ([1000], {"causal": True}),
+        ([300, 1, 0, 511, 64], {"causal": True, "with_dlse": True}),
+        ([300, 1, 0, 511, 64], {"causal": True, "window_size": (100, 0)}),
+        ([900], {"causal": False, "sink_scale": 200.0}),
+    ):
+        case = {"head_dim": 64, "s_sink": 1, "lengths": lengths, **options}
+        run_on_ranks(2, body_adds_the_sink, "cuda", backend=backend, arguments=arguments, **case)
+
+
+def body_adds_the_sink(group, device, *, backend: str, lengths: list[int], arguments: dict, **case_arguments) -> None:
+    case = make_case(lengths, lengths, heads=8, dtype=torch.bfloat16, device=str(device), **case_arguments)
+    with mock.patch.object(Fa4Backend, "forward_with_sink", autospec=True, side_effect=Fa4Backend.forward_with_sink) as native:
+        near_one_device(case, cp_results(case, group, device, backend=backend, **arguments))
+    assert native.called, "the merge added the sink"
 
 
 def near_one_device(case, result) -> None:
