@@ -11,7 +11,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from magi_sink_cp.dist.layout import BALANCED_CHUNKS, LAYOUTS, causal_pairs, num_tokens, zigzag
-from magi_sink_cp.dist.schedule import CAUSAL, FULL, HeadStart, KernelCall, Schedule, build_schedule, visible_pairs
+from magi_sink_cp.dist.schedule import (
+    CAUSAL,
+    FULL,
+    HeadStart,
+    KernelCall,
+    Schedule,
+    build_routed_schedule,
+    build_schedule,
+    visible_pairs,
+)
 from magi_sink_cp.kernels.reference import document_mask
 from tests.helpers import offsets
 
@@ -121,6 +130,36 @@ windows = st.tuples(st.integers(-1, 30), st.integers(-1, 30))
 @given(data=st.data(), lengths=st.lists(st.integers(0, 40), min_size=1, max_size=6), cp_size=st.integers(1, 5), window_size=windows)
 def test_windows_of_any_size_against_any_chunk(data, lengths, cp_size, window_size):
     check(lengths, cp_size, window_size, zigzag(sum(lengths), cp_size), data.draw(degrees(cp_size)), data.draw(head_starts))
+
+
+@settings(max_examples=200, deadline=None)
+@given(
+    data=st.data(),
+    lengths=st.lists(st.integers(0, 40), min_size=1, max_size=6),
+    cp_size=st.integers(2, 5),
+    window_size=windows,
+    head_start=head_starts,
+    name=st.sampled_from(sorted(LAYOUTS)),
+)
+def test_routes_fill_every_place_once(data, lengths, cp_size, window_size, head_start, name):
+    """Where each rank writes in its peers' buffers, from what it knows itself."""
+    documents, overlap_degree = documents_of(lengths), data.draw(degrees(cp_size))
+    layout = LAYOUTS[name](sum(lengths), cp_size, documents)
+    routed = [build_routed_schedule(layout, documents, window_size, rank, overlap_degree, head_start) for rank in range(cp_size)]
+    for number, stage in enumerate(routed[0].stages):
+        for way in () if stage.local else ("cast", "reduce"):
+            exchanges = [getattr(schedule.stages[number], way) for schedule in routed]
+            assert len({(exchange.route.parts, exchange.route.part) for exchange in exchanges}) == 1, "ranks use other parts"
+            filled = [[0] * exchange.buffer_tokens for exchange in exchanges]
+            for rank, exchange in enumerate(exchanges):
+                assert exchange.buffer_tokens <= exchange.route.parts[exchange.route.part]
+                writes = [(m.peer, at, m.tokens) for m, at in zip(exchange.sends, exchange.route.places, strict=True)]
+                if way == "cast":
+                    writes += [(rank, at, tokens) for tokens, (at, _) in routed[rank].stages[number].own]
+                for peer, at, (lo, hi) in writes:
+                    for place in range(at, at + hi - lo):
+                        filled[peer][place] += 1
+            assert all(times == [1] * len(times) for times in filled)
 
 
 @pytest.mark.parametrize("cp_size", [2, 4, 8])

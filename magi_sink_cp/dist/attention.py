@@ -19,6 +19,7 @@ from torch.autograd.function import once_differentiable
 
 from magi_sink_cp.dist.agreement import GroupRef, Signature, failing_as
 from magi_sink_cp.dist.layout import Range, union
+from magi_sink_cp.dist.overlap import SINK_KERNEL_SLOWER
 from magi_sink_cp.dist.plan import CPPlan
 from magi_sink_cp.dist.schedule import CAUSAL, FULL, Exchange, KernelCall, Schedule, Stage
 from magi_sink_cp.dist.transport import Own, Transfer, Transport
@@ -38,7 +39,7 @@ from magi_sink_cp.kernels.protocol import (
     nothing_seen,
     stat_dtype,
 )
-from magi_sink_cp.kernels.registry import adding_sink, check_backend_name, select_backend
+from magi_sink_cp.kernels.registry import check_backend_name, find_adding_sink, log_choice, select_backend
 
 DSINK_REDUCTIONS = ("none", "sum", "avg")
 CHECKS = ("auto", "always")
@@ -228,11 +229,14 @@ def _check_call(
     if dsink_reduce != "none" and sink is None:
         raise ValueError(f"dsink_reduce={dsink_reduce!r} reduces the gradient of a sink, and sink is None")
     chosen = select_backend(backend, q, Call(params))
-    sink_backend = adding_sink(select_backend(backend, q, Call(params), sink=sink), sink)
+    sink_backend = find_adding_sink(backend, q, Call(params), sink)
+    slower = None if sink_backend is None else 0.0 if sink_backend is chosen else SINK_KERNEL_SLOWER
     sizes = batch_size, q.shape[-2], k.shape[-2], q.shape[-1], q.element_size()
-    overlap = plan.overlap(params.window_size, *sizes, sink_backend is not None)
-    if backend == "auto" and not overlap.sink_in_kernel:
+    overlap = plan.overlap(params.window_size, *sizes, slower)
+    if not overlap.sink_in_kernel:
         sink_backend = None
+    if sink_backend is not None:
+        log_choice(sink_backend)
     if overlap_degree == "auto":
         degrees = overlap.degrees
     elif not isinstance(overlap_degree, int) or isinstance(overlap_degree, bool) or overlap_degree < 0:
@@ -295,9 +299,10 @@ class _CPAttentionWithSink(torch.autograd.Function):
         ctx: Any, q: Tensor, k: Tensor, v: Tensor, sink: Tensor | None, call: _Call, return_lse: bool
     ) -> tuple[Tensor, Tensor]:
         k, v = k.contiguous(), v.contiguous()
-        # Rows that no call has are padding.
+        # Rows that no call has are padding, and the merge makes them 0.
         padded = call.real_tokens < call.local_tokens
-        out = (torch.zeros_like if padded else torch.empty_like)(q, memory_format=torch.contiguous_format)
+        new = torch.zeros_like if padded and call.sink_backend is not None else torch.empty_like
+        out = new(q, memory_format=torch.contiguous_format)
         own: list[Partial] = []  # of calls that write their rows of out themselves, each row of one of them
         others: list[Partial] = []
         kernel_sink = None if call.sink_backend is None else sink
@@ -309,13 +314,13 @@ class _CPAttentionWithSink(torch.autograd.Function):
                     target, added = (out[rows], kernel_sink) if kernel.first else (None, None)
                     partial = _forward_kernel(q[rows], k_stage[keys], v_stage[keys], kernel, call, target, added, exact_lse)
                     if not kernel.first and len(others) == MAX_PARTIALS - 1:
-                        others = [Partial(*merge(others, out_dtype=stat_dtype(q.dtype)))]
+                        others = [_fold(others)]
                     (own if kernel.first else others).append(partial)
         own_keys = _together(own, q, out)
         if call.sink_backend is None:
             out, lse = merge([own_keys, *others], sink, out=out)
         else:
-            lse = own_keys.lse
+            out, lse = own_keys.out, own_keys.lse
             _merge_where_seen(others, out, lse)
         ctx.save_for_backward(q, k, v, sink, out, lse)
         if padded:  # the padding's lse, the sink alone, must not reach a loss on lse
@@ -429,7 +434,7 @@ def _together(partials: Sequence[Partial], q: Tensor, out: Tensor) -> Partial:
     """One partial of all rows from those of disjoint rows, which are in ``out`` already where the kernel could write there."""
     if not partials:
         return nothing_seen(q, out)
-    partials = sorted(partials, key=lambda partial: partial.start)
+    partials = sorted(partials, key=lambda partial: partial.start)  # a head start comes first, and has later rows
     first = partials[0]
     if len(partials) == 1 and first.out.shape[0] == q.shape[0]:
         return first
@@ -449,7 +454,18 @@ def _merge_where_seen(others: Sequence[Partial], out: Tensor, lse: Tensor) -> No
     """Merge what other keys give into the rows of out and lse that see them, in place."""
     for (start, stop), which in _clusters([(partial.start, partial.start + partial.out.shape[0]) for partial in others]):
         here = Partial(out[start:stop], lse[:, start:stop])
-        merge([here, *(dataclasses.replace(others[i], start=others[i].start - start) for i in which)], out=here.out)
+        merge([here, *_moved([others[i] for i in which], start)], out=here.out)
+
+
+def _fold(partials: Sequence[Partial]) -> Partial:
+    """One partial of exact dtype from several; rows between them have seen no key."""
+    start = min(partial.start for partial in partials)
+    return Partial(*merge(_moved(partials, start), out_dtype=stat_dtype(partials[0].out.dtype)), start)
+
+
+def _moved(partials: Sequence[Partial], start: int) -> list[Partial]:
+    """The partials as seen from row ``start``."""
+    return [dataclasses.replace(partial, start=partial.start - start) for partial in partials]
 
 
 def _clusters(spans: Sequence[Range]) -> list[tuple[Range, list[int]]]:

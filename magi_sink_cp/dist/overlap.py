@@ -6,10 +6,11 @@ its keys: another pass over out in the merge; in backward, FlashAttention's fp32
 more, and the sum of two dq. Seconds beyond the computation itself, per rank:
 
     link(t)            = LATENCY + bytes of k and v of t tokens / LINK
-    forward, 0:        what of link(all remote keys) the head start cannot fill + (calls + 2) · CALL
+    travel             = link(all remote keys) + a pass over the rank's own k and v, which are copied beside them
+    forward, 0:        what of travel a head start cannot fill + (calls + 2) · CALL
     forward, n:        n · (2 bytes for each element of q in those rows / MEMORY) + calls · CALL
                        + Σ stages [link(its keys) - what hides it]; n + 2 for n where the kernels add the sink
-    backward, 0:       2 · (link(all remote keys) + pass over the rank's own k and v, which are copied beside them) + calls · CALL
+    backward, 0:       2 · travel + calls · CALL
     backward, n:       as forward, with 16 bytes and 2 · link, + link(keys of the last stage)
 
 and SLOWER · the computation: FlashAttention-3 takes longer for two forward calls than for one. With ``ranges`` token ranges a rank,
@@ -90,10 +91,16 @@ class Overlap:
     head_start: HeadStart
 
 
-def choose_overlap(work: Work, cp_size: int, link: str, can_add_sink: bool) -> Overlap:
-    """The choices with the least cost; ``link`` is a key of LINK, ``can_add_sink`` says that there are kernels that can."""
+def choose_overlap(work: Work, cp_size: int, link: str, sink_kernel_slower: float | None) -> Overlap:
+    """The choices with the least cost.
+
+    Args:
+        link: a key of LINK.
+        sink_kernel_slower: what kernels that add the sink take longer than the others, as a part of the computation; 0 where they
+            are the same. None: there are none.
+    """
     degrees = [n for n in range(cp_size) if buffer_tokens(work, n) <= MAX_SHARDS * work.rows] or [cp_size - 1]
-    sink_in_kernel = can_add_sink and _pass_s(work) > SINK_KERNEL_SLOWER * _computation_s(work, "forward")
+    sink_in_kernel = sink_kernel_slower is not None and _pass_s(work) > sink_kernel_slower * _computation_s(work, "forward")
     forward, backward = (
         min(degrees, key=lambda degree: cost_s(work, cp_size, degree, link, way, sink_in_kernel)) for way in ("forward", "backward")
     )

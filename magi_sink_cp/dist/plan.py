@@ -221,10 +221,17 @@ class CPPlan:
         return self._schedules[key]
 
     def overlap(
-        self, window_size: Window, batch_size: int, heads: int, heads_kv: int, head_dim: int, element_size: int, can_add_sink: bool
+        self,
+        window_size: Window,
+        batch_size: int,
+        heads: int,
+        heads_kv: int,
+        head_dim: int,
+        element_size: int,
+        sink_kernel_slower: float | None,
     ) -> Overlap:
         """What the cost model chooses (overlap.py); the same on every rank."""
-        key = (window_size, batch_size, heads, heads_kv, head_dim, element_size, can_add_sink)
+        key = (window_size, batch_size, heads, heads_kv, head_dim, element_size, sink_kernel_slower)
         if key not in self._overlaps:
             left, right = window_size
             pairs = sum(visible_pairs(hi - lo, hi - lo, left, right) for lo, hi in self.documents)
@@ -242,7 +249,7 @@ class CPPlan:
                 element_size=element_size,
             )
             over_nvlink = isinstance(self.transport, SymmetricMemory) and self.transport.missing_nvlink is None
-            self._overlaps[key] = choose_overlap(work, self.cp_size, "nvlink" if over_nvlink else "network", can_add_sink)
+            self._overlaps[key] = choose_overlap(work, self.cp_size, "nvlink" if over_nvlink else "network", sink_kernel_slower)
         return self._overlaps[key]
 
     def agree(self, signature: Signature | Exception, what: str, always: bool = False) -> None:

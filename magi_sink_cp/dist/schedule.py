@@ -314,7 +314,7 @@ class _Sequence:
         missing = head_start.pairs + head_start.pairs_per_key * self.remote(rank)[0] - own_pairs(alone)
         chosen = max(gathered, key=lambda piece: own_pairs([piece]))
         most = (chosen.rows[1] - chosen.rows[0]) // (4 * head_start.rows)
-        steps = min(most, bisect_left(range(most), missing, key=lambda n: own_pairs([cut(chosen, n * head_start.rows)[1]])))
+        steps = bisect_left(range(most), missing, key=lambda n: own_pairs([cut(chosen, n * head_start.rows)[1]]))
         if steps == 0:
             return list(gathered), []
         late, early = cut(chosen, steps * head_start.rows)

@@ -105,6 +105,15 @@ def adding_sink(backend: Backend, sink: Tensor | None) -> Fa4Backend | None:
     return None
 
 
+def find_adding_sink(name: str, q: Tensor, call: Call, sink: Tensor | None) -> Fa4Backend | None:
+    """The backend whose kernels can add this sink to this call, if ``name`` is "auto" or its own. It is not chosen by that."""
+    for backend in _BACKENDS:
+        adding = adding_sink(backend, sink) if name in ("auto", backend.name) else None
+        if adding is not None and _unavailable(adding) is None and adding.unsupported(q, call) is None:
+            return adding
+    return None
+
+
 def _candidates(sink: Tensor | None) -> list[Backend]:
     return sorted(_BACKENDS, key=lambda backend: adding_sink(backend, sink) is None)
 
@@ -147,7 +156,7 @@ def _first(candidates: Iterable[Backend], q: Tensor, call: Call, head_dim_v: int
     for backend in candidates:
         reason = _unavailable(backend) or backend.unsupported(q, call, head_dim_v)
         if reason is None:
-            _log_choice(backend, "; ".join(reasons))
+            log_choice(backend, "; ".join(reasons))
             return backend
         reasons.append(f"{backend.name}: {reason}")
     raise ValueError(f"{failure}: {'; '.join(reasons)}{'. ' if hint else ''}{hint}")
@@ -158,7 +167,8 @@ def _unavailable(backend: Backend) -> str | None:
     return backend.unavailable()
 
 
-def _log_choice(backend: Backend, passed_over: str) -> None:
+def log_choice(backend: Backend, passed_over: str = "") -> None:
+    """Say once in a process that it has come to use this backend."""
     if backend.name in _logged:
         return
     _logged.add(backend.name)

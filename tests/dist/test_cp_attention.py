@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import random
+from collections.abc import Iterator
 from unittest import mock
 
 import pytest
@@ -527,42 +529,110 @@ def test_kernels_that_add_the_sink(num_ranks, overlap_degree, tile_rows):
 
 def body_native_sink(group, device, *, overlap_degree, tile_rows) -> None:
     """FlashAttention-4's forward (a stand-in) adds the sink once a row, and only rows with several partial results are merged."""
-    library, seen = flash_attn_4()
-    backend = fa4.Fa4Backend()
-
-    def one_a_head(_, sink):
-        return backend if sink is not None and sink.dim() == 2 and sink.shape[0] == 1 else None
-
-    with (
-        mock.patch.object(fa4, "_library", return_value=library),
-        mock.patch.object(cp_module, "adding_sink", one_a_head),
-        mock.patch.multiple(overlap, TILE_ROWS=tile_rows, PROCESSORS=1, SINK_KERNEL_SLOWER=0.0),
-        mock.patch.object(cp_module, "merge", mock.Mock(wraps=cp_module.merge)) as merge,
-    ):
-        for lengths, arguments in (
-            ([41], {"causal": True}),
-            ([41], {"causal": True, "with_dlse": True}),
+    arguments = {"overlap_degree": overlap_degree}
+    with adding_kernels(tile_rows) as seen, mock.patch.object(cp_module, "merge", mock.Mock(wraps=cp_module.merge)) as merge:
+        for lengths, options in (
+            ([44], {"causal": True}),
+            ([44], {"causal": True, "with_dlse": True}),
             ([23, 1, 0, 30, 9], {"causal": True, "window_size": (7, 0)}),
             ([5, 17, 1, 0, 23, 9], {"causal": False}),
             ([3], {"causal": True}),
         ):
             for value in (None, float("-inf"), 100.0, -200.0):
-                case = make_case(lengths, lengths, s_sink=1, **arguments)
+                case = make_case(lengths, lengths, s_sink=1, **options)
                 if value is not None:
                     case.sink[0, 1] = value
                 seen.clear()
                 merge.reset_mock()
-                assert_close(cp_results(case, group, device, overlap_degree=overlap_degree), truth(case), 1e-5)
+                assert_close(cp_results(case, group, device, **arguments), truth(case), 1e-5)
                 assert all(call["learnable_sink"] is not None for call in seen), "other keys are the other backend's"
                 assert all(call.args[1:] == () and "sink" not in call.kwargs for call in merge.call_args_list), "the sink again"
                 if overlap_degree == 0 and tile_rows == 128:
                     assert not merge.called, "no row has two partial results"
+                elif lengths == [44] and group is not None and dist.get_world_size(group) > 1 and overlap_degree > 0:
+                    assert merge.called, "rows have two partial results"
         case = make_case([30], [30], s_sink=2, causal=True)
         seen.clear()
-        assert_close(cp_results(case, group, device, overlap_degree=overlap_degree), truth(case), 1e-5)
+        assert_close(cp_results(case, group, device, **arguments), truth(case), 1e-5)
         assert not seen, "two sinks a head are the merge's"
-    with mock.patch.object(fa4, "_library", return_value=library), mock.patch.object(cp_module, "adding_sink", one_a_head):
-        with mock.patch.object(overlap, "SINK_KERNEL_SLOWER", 1e9):
-            case = make_case([30], [30], s_sink=1, causal=True)
-            assert_close(cp_results(case, group, device, overlap_degree=overlap_degree), truth(case), 1e-5)
-        assert not seen, "the cost model said that the merge is cheaper"
+
+
+@contextlib.contextmanager
+def adding_kernels(tile_rows: int = 128, slower: float = 0.0) -> Iterator[list[dict]]:
+    """A stand-in for FlashAttention-4 beside the cpu backend; yields what its forward is called with."""
+    library, seen = flash_attn_4()
+    backend = fa4.Fa4Backend()
+
+    def one_a_head(name, q, call, sink):
+        return backend if sink is not None and sink.dim() == 2 and sink.shape[0] == 1 else None
+
+    with (
+        mock.patch.object(fa4, "_library", return_value=library),
+        mock.patch.object(cp_module, "find_adding_sink", one_a_head),
+        mock.patch.object(cp_module, "SINK_KERNEL_SLOWER", slower),
+        mock.patch.multiple(overlap, TILE_ROWS=tile_rows, PROCESSORS=1),
+    ):
+        yield seen
+
+
+@pytest.mark.parametrize("overlap_degree", [0, 1])
+def test_a_sink_that_overflows_without_lse(overlap_degree):
+    """lse is +inf then in FlashAttention-4, which only a caller who asks for it, or a merge, has to have put right."""
+    run_on_ranks(2, body_overflow, overlap_degree=overlap_degree)
+
+
+def body_overflow(group, device, *, overlap_degree) -> None:
+    case = make_case([64], [64], s_sink=1, causal=True)
+    case.sink[0, :2] = torch.tensor([100.0, 1e4])
+    expected = truth(case)
+    with adding_kernels(tile_rows=1):
+        plan = make_cp_plan(64, group=group)
+        leaves = [plan.shard(x).requires_grad_() for x in (case.q, case.k, case.v)]
+        sink = case.sink.clone().requires_grad_()
+        out = cp_attention_with_sink(*leaves, sink, plan=plan, causal=True, overlap_degree=overlap_degree, dsink_reduce="sum")
+        grads = torch.autograd.grad(out, (*leaves, sink), plan.shard(case.dout))
+    result = {"out": plan.unshard(out.detach()), "lse": expected.values["lse"], "dsink": grads[3]}
+    result |= {name: plan.unshard(grad) for name, grad in zip(("dq", "dk", "dv"), grads, strict=False)}
+    assert_close(result, expected, 1e-5)
+
+
+def test_which_kernels_add_the_sink():
+    run_on_ranks(2, body_which_kernels)
+
+
+def body_which_kernels(group, device) -> None:
+    case = make_case([30], [30], s_sink=1, causal=True)
+    with adding_kernels(slower=1e9) as seen:
+        assert_close(cp_results(case, group, device), truth(case), 1e-5)
+        assert not seen, "the cost model says that the merge is cheaper"
+        with mock.patch.object(cp_module, "select_backend", return_value=fa4.Fa4Backend()) as chosen:
+            with mock.patch.object(cp_module, "find_adding_sink", return_value=chosen.return_value):
+                assert_close(cp_results(case, group, device), truth(case), 1e-5)
+            assert any(call["learnable_sink"] is not None for call in seen), "kernels that are used anyway add it for nothing"
+    plan = make_cp_plan(30, group=group)
+    with (
+        adding_kernels() if dist.get_rank(group) == 1 else contextlib.nullcontext(),
+        pytest.raises(ValueError, match="the sink is added by"),
+    ):
+        cp_attention_with_sink(*(plan.shard(x) for x in (case.q, case.k, case.v)), case.sink, plan=plan)
+
+
+def test_a_head_start_is_taken():
+    run_on_ranks(2, body_head_start)
+
+
+def body_head_start(group, device) -> None:
+    """Rank 1 has no row that sees own keys alone, rank 0 has 136 pairs of them; a wait of 100 pairs is to be filled."""
+    wait_s = 100 * 4 * 4 * 8 / overlap.FLOPS
+    plan = make_cp_plan(64, group=group)
+    q, k, v = (torch.randn(plan.local_tokens, heads, 8) for heads in (4, 2, 2))
+    calls = []
+    for tile_rows in (2, 64):
+        plan.calls.clear()
+        plan._overlaps.clear()
+        with mock.patch.multiple(overlap, TILE_ROWS=tile_rows, PROCESSORS=1, LATENCY_S=wait_s, LINK={"network": 1e30}):
+            cp_attention_with_sink(q, k, v, plan=plan, overlap_degree=0)
+        calls += plan.calls.values()
+    for taken, call in zip((dist.get_rank(group) == 1, False), calls, strict=True):
+        assert call.merges == taken
+        assert all(kernel.first for stage in call.backward_schedule.stages for kernel in stage.calls), "backward has none"
