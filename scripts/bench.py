@@ -9,8 +9,8 @@
 the drop-in functions beside the same kernels without a sink; peak memory, first call, and where the time goes. ``host``: what a
 call costs the host.
 ``dist``: cp_attention_with_sink beside one GPU's FlashAttention-3 without a sink on the whole sequence, divided by the number of
-ranks, and beside ring-flash-attn's zigzag where it is installed; windows, packed documents, time that compute waits, memory
-(bench_dist.py).
+ranks, and beside ring-flash-attn's zigzag and MagiAttention where they are installed; windows, packed documents, time that compute
+waits, memory (bench_dist.py).
 
 What is compared runs in turns in one process, in both orders, after warm-up; a row holds the median and the 20% and 80% quantiles
 of all rounds. An overhead is the median of the differences within a round, so that clocks that change over time cancel.

@@ -71,7 +71,7 @@ def run(args: argparse.Namespace) -> Iterator[list[Row]]:
 
 
 def causal_rows(args: argparse.Namespace, tokens: int) -> list[Row]:
-    """One causal document: ours on either transport, and zigzag ring attention if ring_flash_attn is installed."""
+    """One causal document: ours on either transport, and the peers that are installed."""
     plans = {
         name: make_cp_plan(tokens, group=dist.group.WORLD, transport=name)
         for name in (("auto", "nccl") if tokens < 131072 else ("auto",))
@@ -82,11 +82,25 @@ def causal_rows(args: argparse.Namespace, tokens: int) -> list[Row]:
         "cp" if name == "auto" else f"cp {name}": (functools.partial(attention, plan=plan), (q, k, v, sink), dout)
         for name, plan in plans.items()
     }
+    ours |= peers(tokens, (q, k, v, sink), dout)
+    return compared(args, "causal", {"batch": 1, "tokens": tokens, "head_dim": 128}, ours, (-1, 0), None, tokens * tokens)
+
+
+def peers(tokens: int, leaves: tuple[Tensor, ...], dout: Tensor) -> dict[str, Variant]:
+    """One causal document by ring_flash_attn's zigzag, which adds no sink, and by magi_attention as it is configured by default."""
+    q, k, v, sink = leaves
+    found: dict[str, Variant] = {}
     if importlib.util.find_spec("ring_flash_attn"):
         ring = importlib.import_module("ring_flash_attn").zigzag_ring_flash_attn_func
         batched = [x.detach()[None].requires_grad_() for x in (q, k, v)]
-        ours["zigzag ring without a sink"] = functools.partial(ring, *batched, causal=True), tuple(batched), dout[None]
-    return compared(args, "causal", {"batch": 1, "tokens": tokens, "head_dim": 128}, ours, (-1, 0), None, tokens * tokens)
+        found["zigzag ring without a sink"] = functools.partial(ring, *batched, causal=True), tuple(batched), dout[None]
+    if importlib.util.find_spec("magi_attention"):
+        api = importlib.import_module("magi_attention.api")
+        offsets = torch.tensor([0, tokens], dtype=torch.int32)
+        sizes = HEADS, HEADS_KV, q.shape[-1]
+        key = api.magi_attn_varlen_key(offsets, offsets, *sizes, pad_size=0, cp_group_or_mesh=dist.group.WORLD, causal=True)
+        found["MagiAttention"] = lambda: api.calc_attn(q, k, v, key, sink=sink)[0], leaves, dout
+    return found
 
 
 def overlap_rows(args: argparse.Namespace, tokens: int) -> list[Row]:

@@ -19,7 +19,7 @@ import matplotlib as mpl
 mpl.use("Agg")
 import matplotlib.pyplot as plt
 
-BLUE, ORANGE, GREY = "#1f4e79", "#f28e2b", "#888888"
+BLUE, ORANGE, GREEN, GREY = "#1f4e79", "#f28e2b", "#59a14f", "#888888"
 
 
 def main() -> int:
@@ -97,10 +97,13 @@ def draw_dist(rows: list[dict[str, str]]) -> Any:
     variants = (
         ("cp", "ours, with a sink", BLUE),
         ("zigzag ring without a sink", "ring-flash-attn's zigzag, without a sink", ORANGE),
+        ("MagiAttention", "MagiAttention's calc_attn, with a sink", GREEN),
     )
     for axis, phase in zip(axes, ("forward", "forward+backward"), strict=True):
         for key, label, color in variants:
             chosen = [r for r in rows if r["measured"] == f"causal: {phase} {key}"]
+            if not chosen:
+                continue
             names = [f"{int(r['tokens']) // 1024}k" for r in chosen]
             axis.plot(names, [float(r["percent_of_plain"]) for r in chosen], "o-", color=color, label=label)
         axis.axhline(100, color=GREY, linestyle="--", linewidth=1, label="one GPU without a sink ÷ ranks")
@@ -114,12 +117,12 @@ def draw_dist(rows: list[dict[str, str]]) -> Any:
 
 def draw_trace(rows: list[dict[str, str]]) -> Any:
     """One forward and backward at 32k tokens: what each rank's GPU computes, and what its copy engines move, when."""
-    colors = {"Fwd": BLUE, "BwdSm90": ORANGE, "_merge": "#59a14f", "Memcpy": "#b07aa1"}
+    colors = {"Fwd": BLUE, "BwdSm90": ORANGE, "_merge": GREEN, "Memcpy": "#b07aa1"}
     lanes = sorted({(r["rank"], r["lane"]) for r in rows}, key=lambda lane: (lane[0], lane[1] == "copies"))
     figure, axes = plt.subplots(2, 1, figsize=(11, 5))
     ends = [float(r["start_us"]) + float(r["duration_us"]) for r in rows]
-    forward_end = max(end for r, end in zip(rows, ends, strict=True) if "_merge" in r["name"])
-    for axis, (lo, hi), title in zip(axes, ((0, forward_end), (forward_end, max(ends))), ("forward", "backward"), strict=True):
+    turn = min(float(r["start_us"]) for r in rows if "Bwd" in r["name"])
+    for axis, (lo, hi), title in zip(axes, ((0, turn), (turn, max(ends))), ("forward", "backward"), strict=True):
         for r in rows:
             start, duration = float(r["start_us"]), float(r["duration_us"])
             color = next((c for key, c in colors.items() if key in r["name"]), GREY)
