@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import itertools
 import time
+from unittest import mock
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from magi_sink_cp.dist import schedule as schedule_module
 from magi_sink_cp.dist.layout import BALANCED_CHUNKS, LAYOUTS, causal_pairs, num_tokens, zigzag
 from magi_sink_cp.dist.schedule import (
     CAUSAL,
@@ -127,9 +129,16 @@ windows = st.tuples(st.integers(-1, 30), st.integers(-1, 30))
 
 
 @settings(max_examples=400, deadline=None)
-@given(data=st.data(), lengths=st.lists(st.integers(0, 40), min_size=1, max_size=6), cp_size=st.integers(1, 5), window_size=windows)
-def test_windows_of_any_size_against_any_chunk(data, lengths, cp_size, window_size):
-    check(lengths, cp_size, window_size, zigzag(sum(lengths), cp_size), data.draw(degrees(cp_size)), data.draw(head_starts))
+@given(
+    data=st.data(),
+    lengths=st.lists(st.integers(0, 40), min_size=1, max_size=6),
+    cp_size=st.integers(1, 5),
+    window_size=windows,
+    large_rows=st.sampled_from([1, 5, schedule_module.LARGE_ROWS]),
+)
+def test_windows_of_any_size_against_any_chunk(data, lengths, cp_size, window_size, large_rows):
+    with mock.patch.object(schedule_module, "LARGE_ROWS", large_rows):
+        check(lengths, cp_size, window_size, zigzag(sum(lengths), cp_size), data.draw(degrees(cp_size)), data.draw(head_starts))
 
 
 @settings(max_examples=200, deadline=None)
@@ -172,9 +181,18 @@ def test_what_a_window_sends_does_not_grow_with_the_sequence(cp_size, overlap_de
         schedules = [build_schedule(layout, [(0, total)], (128, 0), rank, overlap_degree) for rank in range(cp_size)]
         sent[total] = [schedule.sent_tokens for schedule in schedules]
         for schedule in schedules:
-            assert sum(len(stage.calls) for stage in schedule.stages) <= 3
+            assert sum(len(stage.calls) for stage in schedule.stages) <= 4
     assert len(set(map(tuple, sent.values()))) == 1
     assert max(sent[2**20]) <= 2 * 128
+
+
+def test_large_segments_run_by_themselves():
+    def segments(total: int) -> list[int]:
+        (stage,) = build_schedule(zigzag(total, 1), [(0, total // 2), (total // 2, total)], CAUSAL, 0, 0).stages
+        return [len(call.cu_seqlens_q) - 1 for call in stage.calls]
+
+    assert segments(2 * schedule_module.LARGE_ROWS) == [1, 1]
+    assert segments(2 * schedule_module.LARGE_ROWS - 2) == [2]
 
 
 @settings(max_examples=300, deadline=None)

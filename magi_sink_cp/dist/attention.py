@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from magi_sink_cp.dist.agreement import GroupRef, Signature, failing_as
+from magi_sink_cp.dist.lanes import Lanes, TwoLanes
 from magi_sink_cp.dist.layout import Range, union
 from magi_sink_cp.dist.overlap import SINK_KERNEL_SLOWER
 from magi_sink_cp.dist.plan import CPPlan
@@ -138,6 +139,7 @@ class _Call:
     real_tokens: int
     batch_size: int
     overlap_degrees: tuple[int, int]  # of forward and backward
+    two_lanes: tuple[bool, bool]
     schedule: Schedule
     backward_schedule: Schedule
     backend: Backend
@@ -152,6 +154,11 @@ class _Call:
     def merges(self) -> bool:
         """Whether any row has several partial results in forward."""
         return not all(kernel.first for stage in self.schedule.stages for kernel in stage.calls)
+
+    def lanes(self, backward: bool, device: torch.device) -> Lanes:
+        """For one pass."""
+        calls = sum(len(stage.calls) for stage in (self.backward_schedule if backward else self.schedule).stages)
+        return TwoLanes() if device.type == "cuda" and self.two_lanes[backward] and calls > 1 else Lanes()
 
     def padding(self, device: torch.device) -> Tensor:
         """bool (T,): the rows that are no token of the sequence."""
@@ -271,6 +278,7 @@ def _check_call(
         real_tokens=plan.real_tokens,
         batch_size=batch_size,
         overlap_degrees=degrees,
+        two_lanes=overlap.two_lanes,
         schedule=plan.schedule(params.window_size, degrees[0], batch_size, overlap.head_start if degrees[0] == 0 else None),
         backward_schedule=plan.schedule(params.window_size, degrees[1], batch_size),
         backend=chosen,
@@ -307,13 +315,16 @@ class _CPAttentionWithSink(torch.autograd.Function):
         others: list[Partial] = []
         kernel_sink = None if call.sink_backend is None else sink
         exact_lse = return_lse or call.merges  # what is merged must be finite
-        with _Flight(call) as flight:
-            for stage, k_stage, v_stage in _stages(k, v, call.schedule.stages, flight):
+        with _Flight(call) as flight, call.lanes(False, q.device) as lanes:
+            for stage, k_stage, v_stage in _stages(k, v, call.schedule.stages, flight, lanes):
                 for kernel in stage.calls:
                     rows, keys = slice(*kernel.rows), slice(*kernel.keys)
                     target, added = (out[rows], kernel_sink) if kernel.first else (None, None)
-                    partial = _forward_kernel(q[rows], k_stage[keys], v_stage[keys], kernel, call, target, added, exact_lse)
+                    with lanes.turn():
+                        partial = _forward_kernel(q[rows], k_stage[keys], v_stage[keys], kernel, call, target, added, exact_lse)
+                        lanes.give(partial.out, partial.lse)
                     if not kernel.first and len(others) == MAX_PARTIALS - 1:
+                        lanes.join()
                         others = [_fold(others)]
                     (own if kernel.first else others).append(partial)
         own_keys = _together(own, q, out)
@@ -343,27 +354,29 @@ class _CPAttentionWithSink(torch.autograd.Function):
         # Rows that no call has are padding.
         padded = call.real_tokens < call.local_tokens
         own_dq = (torch.zeros_like if padded else torch.empty_like)(q, memory_format=torch.contiguous_format)
-        dq = _GradientSum(q, stat_dtype(q.dtype))
-        dk, dv = (_GradientSum(x, call.grad_reduce_dtype) for x in (k, v))
-        dq.add(own_dq, [((0, q.shape[0]), (0, q.shape[0]))])
-        dsink = _SinkGradient(sink, lse, call) if ctx.needs_input_grad[3] else None
-        with _Flight(call) as flight:
+        with _Flight(call) as flight, call.lanes(True, q.device) as lanes:
+            dq = _GradientSum(q, stat_dtype(q.dtype), lanes)
+            dk, dv = (_GradientSum(x, call.grad_reduce_dtype, lanes) for x in (k, v))
+            dq.add(own_dq, [((0, q.shape[0]), (0, q.shape[0]))])
+            dsink = _SinkGradient(sink, lse, call, lanes) if ctx.needs_input_grad[3] else None
             homeward: tuple[Stage, Transfer] | None = None
-            for stage, k_stage, v_stage in _stages(k, v, stages, flight):
+            for stage, k_stage, v_stage in _stages(k, v, stages, flight, lanes):
                 # A local stage's keys are those of dk and dv; others' gradients are put together to travel.
                 dk_stage, dv_stage = dk, dv
                 if not stage.local:
-                    dk_stage, dv_stage = (_GradientSum(x, call.grad_reduce_dtype) for x in (k_stage, v_stage))
+                    dk_stage, dv_stage = (_GradientSum(x, call.grad_reduce_dtype, lanes) for x in (k_stage, v_stage))
                 for kernel in stage.calls:
                     rows, keys = slice(*kernel.rows), slice(*kernel.keys)
                     target = own_dq[rows] if kernel.first else None
-                    grads = _backward_kernel(dout, q, k_stage[keys], v_stage[keys], out, lse, dlse, kernel, call, target)
+                    with lanes.turn():
+                        grads = _backward_kernel(dout, q, k_stage[keys], v_stage[keys], out, lse, dlse, kernel, call, target)
+                        lanes.give(grads.dq, grads.dk, grads.dv)
+                        if kernel.first and dsink is not None:
+                            lanes.give(dsink.add(grads.delta, out[rows], dout[rows], None if dlse is None else dlse[:, rows], rows))
                     for total, part in ((dk_stage, grads.dk), (dv_stage, grads.dv)):
                         total.add(part, [(kernel.keys, (0, part.shape[0]))])
                     if not kernel.first:
                         dq.add(grads.dq, [(kernel.rows, (0, grads.dq.shape[0]))])
-                    elif dsink is not None:
-                        dsink.add(grads.delta, out[rows], dout[rows], None if dlse is None else dlse[:, rows], rows)
                 leaving: tuple[Stage, Transfer] | None = None
                 if not stage.local:
                     grads_here = dk_stage.result(), dv_stage.result()
@@ -381,12 +394,12 @@ class _CPAttentionWithSink(torch.autograd.Function):
                     homeward[1].release()
                 homeward = leaving
             if homeward is None:
-                return dq.result(), dk.result(), dv.result(), None if dsink is None else dsink.wait(), None, None
+                return dq.result(), dk.result(), dv.result(), None if dsink is None else dsink.result(), None, None
             grad_q = dq.result()  # while the last gradients travel
             _add_arrived(*homeward, dk, dv)
             grad_k, grad_v = dk.result(), dv.result()
             homeward[1].release()
-            return grad_q, grad_k, grad_v, None if dsink is None else dsink.wait(), None, None
+            return grad_q, grad_k, grad_v, None if dsink is None else dsink.result(), None, None
 
 
 class _Flight:
@@ -414,19 +427,21 @@ class _Flight:
                 self._call.transport.fail()
 
 
-def _stages(k: Tensor, v: Tensor, stages: Sequence[Stage], flight: _Flight) -> Iterator[tuple[Stage, Tensor, Tensor]]:
+def _stages(k: Tensor, v: Tensor, stages: Sequence[Stage], flight: _Flight, lanes: Lanes) -> Iterator[tuple[Stage, Tensor, Tensor]]:
     """Yield (stage, its k, its v), one by one, with the next stage's keys already on their way."""
     arriving: Transfer | None = None
     for number, stage in enumerate(stages):
         here, k_stage, v_stage = arriving, k, v
         if here is not None:
-            here.wait()
+            lanes.arrive(here)
             k_stage, v_stage = here.buffers
         if number + 1 < len(stages):
+            # Before this stage's calls: own keys that start() puts beside the others' are there for both lanes.
             coming = stages[number + 1]
             arriving = flight.start((k, v), coming.cast, coming.own)
         yield stage, k_stage, v_stage
         if here is not None:
+            lanes.join()
             here.release()
 
 
@@ -550,9 +565,10 @@ class _GradientSum:
     Contributions are kept until :meth:`fold` or :meth:`result` adds them; what is folded is kept in ``dtype``.
     """
 
-    def __init__(self, x: Tensor, dtype: torch.dtype) -> None:
+    def __init__(self, x: Tensor, dtype: torch.dtype, lanes: Lanes) -> None:
         self._like = x
         self._dtype = dtype
+        self._lanes = lanes
         self._terms: list[Term] = []
 
     def add(self, contribution: Tensor, pieces: Sequence[tuple[Range, Range]]) -> None:
@@ -573,6 +589,7 @@ class _GradientSum:
 
     def _sum(self, dtype: torch.dtype) -> Tensor:
         """The sum in ``dtype``. A first contribution of all rows in this dtype has the others added to it, where they are."""
+        self._lanes.join()
         first, *others = self._terms
         rows = self._like.shape[0]
         if first.tensor.dtype == dtype and (first.start, first.stop, first.tensor.shape[0]) == (0, rows, rows):
@@ -592,38 +609,46 @@ class _GradientSum:
 class _SinkGradient:
     """dsink from the rows of each call, and on its way through ``dsink_reduce``."""
 
-    def __init__(self, sink: Tensor, lse: Tensor, call: _Call) -> None:
-        self._sink, self._lse, self._call = sink, lse, call
+    def __init__(self, sink: Tensor, lse: Tensor, call: _Call, lanes: Lanes) -> None:
+        self._sink, self._lse, self._call, self._lanes = sink, lse, call, lanes
+        self._parts: list[tuple[slice, Tensor]] = []
         self._dsink: Tensor | None = None
         self._work: dist.Work | None = None
 
-    def add(self, delta: RowDelta | None, out: Tensor, dout: Tensor, dlse: Tensor | None, rows: slice) -> None:
-        """Add what these rows contribute."""
-        lse = self._lse[:, rows]
-        if self._sink.dim() == 2:
-            part = sink_gradient(self._sink, lse, delta, out, dout, dlse)
-            self._dsink = part if self._dsink is None else self._dsink + part
-            return
-        if self._dsink is None:
-            self._dsink = torch.zeros_like(self._sink)
-        self._dsink[rows] = sink_gradient(self._sink[rows], lse, delta, out, dout, dlse)
+    def add(self, delta: RowDelta | None, out: Tensor, dout: Tensor, dlse: Tensor | None, rows: slice) -> Tensor:
+        """Add what these rows contribute, and return it."""
+        sink = self._sink if self._sink.dim() == 2 else self._sink[rows]
+        part = sink_gradient(sink, self._lse[:, rows], delta, out, dout, dlse)
+        self._parts.append((rows, part))
+        return part
 
     def reduce(self) -> None:
         """Every row has been added: start the reduction over the ranks, if one was asked for."""
-        if self._dsink is None:  # no row at all
-            self._dsink = torch.zeros_like(self._sink, dtype=self._lse.dtype if self._sink.dim() == 2 else None)
-        self._dsink = self._dsink.contiguous()  # of one memory layout on every rank, as reductions go by memory
         call = self._call
         if call.dsink_reduce != "none" and call.group is not None and call.cp_size > 1:
+            self._dsink = self._total()
             self._work = dist.all_reduce(self._dsink, group=call.group(), async_op=True)
 
-    def wait(self) -> Tensor:
-        assert self._dsink is not None, "reduce() comes first"
+    def result(self) -> Tensor:
+        """dsink in the dtype of sink."""
+        dsink = self._total() if self._dsink is None else self._dsink
         if self._work is not None:
             with failing_as("cp_attention_with_sink: all-reduce of dsink over the cp group"):
                 self._work.wait()
-        total = self._dsink / self._call.cp_size if self._call.dsink_reduce == "avg" else self._dsink
-        return total.to(self._sink.dtype)
+        return (dsink / self._call.cp_size if self._call.dsink_reduce == "avg" else dsink).to(self._sink.dtype)
+
+    def _total(self) -> Tensor:
+        """The sum of the parts under "sh"; under "ssh" each has rows of its own."""
+        self._lanes.join()
+        if self._sink.dim() == 2 and self._parts:
+            # Of one memory layout on every rank, as reductions go by memory.
+            return functools.reduce(torch.add, (part for _, part in self._parts)).contiguous()
+        dsink = torch.zeros_like(
+            self._sink, dtype=self._lse.dtype if self._sink.dim() == 2 else None, memory_format=torch.contiguous_format
+        )
+        for rows, part in self._parts:
+            dsink[rows] = part
+        return dsink
 
 
 def _add_arrived(stage: Stage, transfer: Transfer, dk: _GradientSum, dv: _GradientSum) -> None:

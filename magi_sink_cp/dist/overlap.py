@@ -17,6 +17,9 @@ and SLOWER · the computation: FlashAttention-3 takes longer for two forward cal
 0 makes as many kernel calls, or twice as many where documents end within them, as it computes rows with and without remote keys
 apart; n makes one for the own keys and half as many as ranges for each stage.
 
+Calls that take long run one after the other; others in turns on two streams (lanes.py), where two of them can be under way, each
+with its fp32 accumulator of dq.
+
 Kernels that can add the sink (fa4) save the pass over out that the merge makes for it, and are slower than FlashAttention-3: they
 pay where rows see few keys.
 
@@ -46,6 +49,8 @@ SINK_KERNEL_SLOWER = 0.045
 # Processors, and the query rows of one head that the attention kernels give one of them at a time.
 PROCESSORS = 132
 TILE_ROWS = 128
+# Of computation, from where on the ends of calls are no matter, but the fp32 accumulators of two calls' dq are.
+TWO_LANES_S = 20e-3
 # A buffer holds at most so many times the rank's own keys: what a rank holds does not grow with cp_size.
 MAX_SHARDS = 4
 
@@ -84,11 +89,13 @@ class Overlap:
         degrees: overlap_degree of forward and backward.
         sink_in_kernel: the forward kernels add the sink; else the merge does.
         head_start: of degree 0 in forward.
+        two_lanes: of forward and backward: calls run on two streams in turns (lanes.py).
     """
 
     degrees: tuple[int, int]
     sink_in_kernel: bool
     head_start: HeadStart
+    two_lanes: tuple[bool, bool]
 
 
 def choose_overlap(work: Work, cp_size: int, link: str, sink_kernel_slower: float | None) -> Overlap:
@@ -110,7 +117,8 @@ def choose_overlap(work: Work, cp_size: int, link: str, sink_kernel_slower: floa
         pairs_per_key=_token_bytes(work) / LINK[link] / pair_s,
         rows=max(1, PROCESSORS // work.heads) * TILE_ROWS,
     )
-    return Overlap((forward, backward), sink_in_kernel, head_start)
+    two_lanes = _computation_s(work, "forward") < TWO_LANES_S, _computation_s(work, "backward") < TWO_LANES_S
+    return Overlap((forward, backward), sink_in_kernel, head_start, two_lanes)
 
 
 def cost_s(work: Work, cp_size: int, degree: int, link: str, way: str, sink_in_kernel: bool = False) -> float:

@@ -33,6 +33,8 @@ from magi_sink_cp.dist.layout import Range, RankRanges, intersection, num_tokens
 Window = tuple[int, int]
 FULL: Window = (-1, -1)
 CAUSAL: Window = (-1, 0)
+# Query rows that fill a GPU by themselves.
+LARGE_ROWS = 4096
 
 
 @dataclass(frozen=True)
@@ -466,6 +468,7 @@ def _join(segments: Sequence[Segment]) -> list[Segment]:
 def _group(segments: Sequence[Segment], starts: Sequence[int] | None) -> list[KernelCall]:
     """Kernel calls whose segments have one window and ascend in rows and in keys: the first that a segment fits behind takes it.
 
+    Neighbours that each fill a GPU stay apart, as dense calls are faster than packed ones, FlashAttention-4's windows by a sixth.
     Between two of its segments lie no more rows than they hold themselves, as those are computed for nothing. With ``starts``,
     the sorted first rows of all pieces, they are padding: what a call writes is then nobody else's.
     """
@@ -473,6 +476,8 @@ def _group(segments: Sequence[Segment], starts: Sequence[int] | None) -> list[Ke
     def fits(group: list[Segment], s: Segment) -> bool:
         last = group[-1]
         if (last.window_size, last.diagonal) != (s.window_size, s.diagonal):
+            return False
+        if min(x.rows[1] - x.rows[0] for x in (last, s)) >= LARGE_ROWS:
             return False
         gap = s.rows[0] - last.rows[1]
         if gap < 0 or s.keys[0] < last.keys[1]:

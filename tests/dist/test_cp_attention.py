@@ -14,6 +14,8 @@ import torch.distributed as dist
 from magi_sink_cp import attention_with_sink, cp_attention_with_sink, make_cp_plan
 from magi_sink_cp.dist import attention as cp_module
 from magi_sink_cp.dist import overlap
+from magi_sink_cp.dist import schedule as schedule_module
+from magi_sink_cp.dist.lanes import Lanes
 from magi_sink_cp.kernels import fa4
 from magi_sink_cp.kernels.protocol import Partial
 from magi_sink_cp.kernels.reference import document_mask, reference_attention
@@ -209,6 +211,8 @@ def body_random(group, device, *, seeds, dtype=torch.float32, check=None, longes
                 [float("-inf"), -1e4, 100.0]
             )
         arguments = {"layout": draw.choice(["zigzag", "balanced"]), "overlap_degree": draw.choice([0, 1, 2, 3, "auto"]), **fixed}
+        if case.sink_layout == "sh" and seed % 2:
+            arguments["dsink_reduce"] = "sum"
         fine = draw.random() < 0.5  # a head start of single rows, where a GPU takes hundreds
         try:
             with mock.patch.multiple(
@@ -388,7 +392,7 @@ def test_gradients_are_summed_in_fp32(count, folds):
     """Any number of bf16 contributions is rounded once, bit for bit the fp32 sum; in bf16, five would be rounded four times."""
     generator = torch.Generator().manual_seed(0)
     parts = [torch.randn(40, 2, 16, generator=generator).bfloat16() for _ in range(count)]
-    total = cp_module._GradientSum(parts[0], torch.float32)
+    total = cp_module._GradientSum(parts[0], torch.float32, Lanes())
     total.add(parts[0].clone(), [((0, 40), (0, 40))])
     expected = parts[0].float()
     for part in parts[1:]:
@@ -573,6 +577,63 @@ def adding_kernels(tile_rows: int = 128, slower: float = 0.0) -> Iterator[list[d
         mock.patch.multiple(overlap, TILE_ROWS=tile_rows, PROCESSORS=1),
     ):
         yield seen
+
+
+class LateLanes(Lanes):
+    """Stands in for two streams: what every other call gives is NaN until the lanes join, as it may be on a GPU."""
+
+    def __init__(self) -> None:
+        self._turns = 0
+        self._given: list[torch.Tensor] = []
+        self._late: list[tuple[torch.Tensor, torch.Tensor]] = []
+
+    @contextlib.contextmanager
+    def turn(self):
+        self._turns += 1
+        made: list[torch.Tensor] = []
+        with contextlib.ExitStack() as stack:
+            for name in ("_forward_kernel", "_backward_kernel", "sink_gradient"):
+                stack.enter_context(mock.patch.object(cp_module, name, noting(getattr(cp_module, name), made)))
+            yield
+        assert {x.data_ptr() for x in made} == {x.data_ptr() for x in self._given}, "made in a turn, and not given"
+        if self._turns % 2 == 0:
+            for x in self._given:
+                self._late.append((x, x.clone()))
+                x.fill_(float("nan"))
+        self._given = []
+
+    def give(self, *tensors):
+        self._given += tensors
+
+    def join(self):
+        for x, value in self._late:
+            x.copy_(value)
+        self._late = []
+
+
+def noting(function, made):
+    def call(*arguments):
+        result = function(*arguments)
+        made.extend([result] if isinstance(result, torch.Tensor) else [x for x in vars(result).values() if torch.is_tensor(x)])
+        return result
+
+    return call
+
+
+@pytest.mark.parametrize("num_ranks", [1, 2, 3])
+@pytest.mark.parametrize("own_sink", [False, True])
+@pytest.mark.parametrize("first_seed", [0, 40])
+def test_what_runs_beside_is_waited_for(num_ranks, own_sink, first_seed):
+    run_on_ranks(num_ranks, body_lanes, own_sink=own_sink, seeds=range(first_seed, first_seed + 40))
+
+
+def body_lanes(group, device, *, own_sink, seeds) -> None:
+    with (
+        mock.patch.object(cp_module._Call, "lanes", side_effect=lambda *_: LateLanes()),
+        mock.patch.object(schedule_module, "LARGE_ROWS", 6),
+        adding_kernels() if own_sink else contextlib.nullcontext(),
+    ):
+        body_random(group, device, seeds=seeds)
 
 
 @pytest.mark.parametrize("overlap_degree", [0, 1])
