@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 from magi_sink_cp.dist.layout import zigzag
 from magi_sink_cp.dist.overlap import (
+    CALL_ON_TWO_LANES_S,
     FLOPS,
     LATENCY_S,
     LINK,
@@ -22,18 +23,19 @@ from magi_sink_cp.dist.overlap import (
     choose_overlap,
     cost_s,
 )
-from magi_sink_cp.dist.schedule import CAUSAL, FULL, mean_remote, visible_pairs
+from magi_sink_cp.dist.schedule import CAUSAL, FULL, Share, typical_share, visible_pairs
 
 
 def work(tokens: int, cp_size: int, window=CAUSAL, documents: int = 1) -> Work:
     length = tokens // documents
     ranges = [(i * length, (i + 1) * length) for i in range(documents)]
-    remote_keys, remote_rows = mean_remote(zigzag(tokens, cp_size), ranges, window)
+    share = typical_share(zigzag(tokens, cp_size), ranges, window)
     return Work(
         rows=tokens // cp_size,
         pairs=documents * visible_pairs(length, length, *window) // cp_size,
-        remote_keys=remote_keys,
-        remote_rows=remote_rows,
+        remote_keys=share.remote_keys,
+        remote_rows=share.remote_rows,
+        alone_pairs=share.alone_pairs,
         ranges=2,
         documents=documents,
         heads=64,
@@ -78,10 +80,10 @@ def test_kernels_add_the_sink_where_rows_see_few_keys():
 def test_rows_that_are_merged_cost_more_where_the_merge_need_not_see_all():
     """A merge that adds the sink reads and writes all rows anyway; without it stages pay for the read and write of theirs."""
     share = work(32768, 4)
-    one_pass = share.remote_rows * 64 * 128 * 4 / MEMORY
+    one_pass = share.remote_rows * 64 * 128 * 4 / MEMORY + share.rows * 64 * 16 / MEMORY
     for degree in (1, 2):
         with_merge, with_kernel = (cost_s(share, 4, degree, "nvlink", "forward", native) for native in (False, True))
-        assert with_kernel - with_merge == pytest.approx(one_pass, rel=1e-6)
+        assert with_kernel - with_merge == pytest.approx(one_pass + degree * CALL_ON_TWO_LANES_S, rel=1e-6)
     assert cost_s(share, 4, 0, "nvlink", "forward", True) == cost_s(share, 4, 0, "nvlink", "forward", False)
 
 
@@ -96,7 +98,7 @@ def test_a_slow_link_is_hidden():
 
 def test_a_halo_is_worth_no_copy_of_the_own_keys():
     assert choose(work(131072, 2, window=(128, 0)), 2, "nvlink").degrees == (1, 1)
-    assert mean_remote(zigzag(131072, 2), [(0, 131072)], (128, 0)) == (128, 128)
+    assert typical_share(zigzag(131072, 2), [(0, 131072)], (128, 0)) == Share(128, 128, 0)
 
 
 @given(
@@ -112,6 +114,20 @@ def test_buffers_do_not_grow_with_the_ranks(cp_size, tokens, window, link):
         assert buffer_tokens(share, degree) <= MAX_SHARDS * share.rows
         if window == (100, 0) and tokens >= 400 * cp_size:
             assert degree <= 1, "a halo needs no second stage"
+
+
+def test_rows_that_see_own_keys_alone_hide_what_travels():
+    few = work(32768, 4)
+    more = dataclasses.replace(few, alone_pairs=few.pairs // 2)
+    for way in ("forward", "backward"):
+        assert cost_s(more, 4, 0, "network", way) < cost_s(few, 4, 0, "network", way)
+        assert cost_s(more, 4, 1, "network", way) == cost_s(few, 4, 1, "network", way)
+
+
+def test_short_calls_take_turns_on_two_streams():
+    assert choose(work(16384, 2), 2, "nvlink").two_lanes == (True, True)
+    assert choose(work(32768, 2), 2, "nvlink").two_lanes == (True, False)
+    assert choose(work(131072, 2), 2, "nvlink").two_lanes == (False, False)
 
 
 def test_more_to_move_costs_more():

@@ -7,10 +7,11 @@ more, and the sum of two dq. Seconds beyond the computation itself, per rank:
 
     link(t)            = LATENCY + bytes of k and v of t tokens / LINK
     travel             = link(all remote keys) + a pass over the rank's own k and v, which are copied beside them
-    forward, 0:        what of travel a head start cannot fill + (calls + 2) · CALL
+    forward, 0:        what of travel neither rows that see own keys alone nor a head start fill + (calls + 2) · CALL
     forward, n:        n · (2 bytes for each element of q in those rows / MEMORY) + calls · CALL
-                       + Σ stages [link(its keys) - what hides it]; n + 2 for n where the kernels add the sink
-    backward, 0:       2 · travel + calls · CALL
+                       + Σ stages [link(its keys) - what hides it]; where the kernels add the sink, also a read and a write of out
+                       and lse in merges that are calls of their own
+    backward, 0:       what of travel rows that see own keys alone do not fill + link(all remote keys) + calls · CALL
     backward, n:       as forward, with 16 bytes and 2 · link, + link(keys of the last stage)
 
 and SLOWER · the computation: FlashAttention-3 takes longer for two forward calls than for one. With ``ranges`` token ranges a rank,
@@ -38,7 +39,8 @@ LINK = {"nvlink": 3.4e11, "network": 4.5e10}
 MEMORY = 4.0e12
 FLOPS = 6.0e14
 LATENCY_S = 20e-6
-CALL_S = 20e-6
+# A kernel call: its last tiles leave processors idle, fewer where another call takes them (lanes.py).
+CALL_S, CALL_ON_TWO_LANES_S = 20e-6, 5e-6
 # Bytes for each element of q that one more partial result costs, and FLOP for each visible pair, head and dimension.
 PARTIAL_BYTES = {"forward": 2, "backward": 16}
 PAIR_FLOPS = {"forward": 4, "backward": 10}
@@ -64,6 +66,7 @@ class Work:
         pairs: visible (query, key) pairs.
         remote_keys: tokens that travel to the rank.
         remote_rows: rows that see any of them.
+        alone_pairs: visible pairs of rows that see own keys alone, and can be computed meanwhile.
         ranges: token ranges that the rank holds.
         documents: of the whole sequence.
         heads, heads_kv, head_dim, element_size: of q, k and v.
@@ -73,6 +76,7 @@ class Work:
     pairs: int
     remote_keys: int
     remote_rows: int
+    alone_pairs: int
     ranges: int
     documents: int
     heads: int
@@ -117,8 +121,7 @@ def choose_overlap(work: Work, cp_size: int, link: str, sink_kernel_slower: floa
         pairs_per_key=_token_bytes(work) / LINK[link] / pair_s,
         rows=max(1, PROCESSORS // work.heads) * TILE_ROWS,
     )
-    two_lanes = _computation_s(work, "forward") < TWO_LANES_S, _computation_s(work, "backward") < TWO_LANES_S
-    return Overlap((forward, backward), sink_in_kernel, head_start, two_lanes)
+    return Overlap((forward, backward), sink_in_kernel, head_start, (_two_lanes(work, "forward"), _two_lanes(work, "backward")))
 
 
 def cost_s(work: Work, cp_size: int, degree: int, link: str, way: str, sink_in_kernel: bool = False) -> float:
@@ -131,20 +134,23 @@ def cost_s(work: Work, cp_size: int, degree: int, link: str, way: str, sink_in_k
 
     slower = SLOWER[way][min(degree, 1)] * work.remote_rows / max(1, work.rows)
     computation = _computation_s(work, way)
+    call_s = CALL_ON_TWO_LANES_S if _two_lanes(work, way) else CALL_S
     if degree == 0:
         calls = work.ranges * (1 if work.documents == 1 else 2)
         travel = link_s(work.remote_keys) + 2 * work.rows * token_bytes / MEMORY
+        alone = computation * work.alone_pairs / max(1, work.pairs)
         if way == "backward":
-            return 2 * travel + slower * computation + calls * CALL_S
+            return max(0.0, travel - alone) + link_s(work.remote_keys) + slower * computation + calls * call_s
         # A head start has a quarter of the rows at most, and their own keys, 1 of cp_size parts of all.
-        return max(0.0, travel - computation / (4 * cp_size)) + slower * computation + (calls + 2) * CALL_S
-    calls = 1 + degree * max(1, work.ranges // 2)
+        return max(0.0, travel - max(alone, computation / (4 * cp_size))) + slower * computation + (calls + 2) * call_s
+    later = degree * max(1, work.ranges // 2)
     partial = PARTIAL_BYTES[way] * work.remote_rows * work.heads * work.head_dim / MEMORY
     transfer = link_s(work.remote_keys / degree)
     exposed = max(0.0, trips * transfer - computation / (degree + 1))
-    # Under a merge that has to add the sink anyway, the read and write of all rows are no cost of the stages.
-    merged = degree + 2 if way == "forward" and sink_in_kernel else degree
-    return merged * partial + degree * exposed + slower * computation + (trips - 1) * transfer + calls * CALL_S
+    merged = degree * partial + later * call_s
+    if way == "forward" and sink_in_kernel:  # else the merge that adds the sink reads and writes these rows, and lse, anyway
+        merged += 2 * partial + later * call_s + 16 * work.rows * work.heads / MEMORY
+    return merged + degree * exposed + slower * computation + (trips - 1) * transfer + call_s
 
 
 def buffer_tokens(work: Work, degree: int) -> float:
@@ -159,6 +165,10 @@ def _token_bytes(work: Work) -> int:
 
 def _computation_s(work: Work, way: str) -> float:
     return PAIR_FLOPS[way] * work.pairs * work.heads * work.head_dim / FLOPS
+
+
+def _two_lanes(work: Work, way: str) -> bool:
+    return _computation_s(work, way) < TWO_LANES_S
 
 
 def _pass_s(work: Work) -> float:

@@ -26,7 +26,7 @@ from magi_sink_cp.dist.schedule import (
     Window,
     build_routed_schedule,
     build_schedule,
-    mean_remote,
+    typical_share,
     visible_pairs,
 )
 from magi_sink_cp.dist.symmetric import SymmetricMemory, connect
@@ -235,14 +235,15 @@ class CPPlan:
         if key not in self._overlaps:
             left, right = window_size
             pairs = sum(visible_pairs(hi - lo, hi - lo, left, right) for lo, hi in self.documents)
-            remote_keys, remote_rows = mean_remote(self.layout, self.documents, window_size)
+            share = typical_share(self.layout, self.documents, window_size)
             work = Work(
                 rows=batch_size * self.local_tokens,
                 pairs=batch_size * pairs // self.cp_size,
                 ranges=max(len(ranges) for ranges in self.layout) * batch_size,
                 documents=len(self.documents) * batch_size,
-                remote_keys=batch_size * remote_keys,
-                remote_rows=batch_size * remote_rows,
+                remote_keys=batch_size * share.remote_keys,
+                remote_rows=batch_size * share.remote_rows,
+                alone_pairs=batch_size * share.alone_pairs,
                 heads=heads,
                 heads_kv=heads_kv,
                 head_dim=head_dim,

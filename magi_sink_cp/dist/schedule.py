@@ -201,11 +201,30 @@ def build_schedule(
     return Schedule(tuple(_Sequence(layout, documents, window_size).stages(rank, overlap_degree, head_start)))
 
 
-def mean_remote(layout: Sequence[RankRanges], documents: Sequence[Range], window_size: Window) -> tuple[int, int]:
-    """(keys that travel to a rank, its rows that see any of them), on average over the ranks."""
+@dataclass(frozen=True)
+class Share:
+    """What of a sequence concerns one rank.
+
+    Attributes:
+        remote_keys: keys that travel to it.
+        remote_rows: rows that see any of them.
+        alone_pairs: visible pairs of rows in parts of documents that see own keys alone.
+    """
+
+    remote_keys: int
+    remote_rows: int
+    alone_pairs: int
+
+
+def typical_share(layout: Sequence[RankRanges], documents: Sequence[Range], window_size: Window) -> Share:
+    """What travels, on average over the ranks; pairs of the rank that has fewest, as the others wait for it."""
     sequence = _Sequence(layout, documents, window_size)
-    keys, rows = zip(*(sequence.remote(rank) for rank in range(len(layout))), strict=True)
-    return sum(keys) // len(layout), sum(rows) // len(layout)
+    shares = [sequence.share(rank) for rank in range(len(layout))]
+    return Share(
+        sum(share.remote_keys for share in shares) // len(shares),
+        sum(share.remote_rows for share in shares) // len(shares),
+        min(share.alone_pairs for share in shares),
+    )
 
 
 def build_routed_schedule(
@@ -285,12 +304,7 @@ class _Sequence:
                 steps = range(1 + (cp_size - 1) * group // groups, 1 + (cp_size - 1) * (group + 1) // groups)
                 yield self._stage(rank, 1 + group, steps, pieces)
         else:
-            own = union(self._layout[rank])
-            alone: list[_Piece] = []
-            gathered: list[_Piece] = []
-            for piece in pieces:
-                sees_own_alone = num_tokens(intersection(own, (piece.keys,))) == piece.keys[1] - piece.keys[0]
-                (alone if sees_own_alone else gathered).append(piece)
+            alone, gathered = self._apart(rank)
             early: list[_Piece] = []
             if head_start is not None and gathered:
                 gathered, early = self._split(rank, alone, gathered, head_start)
@@ -302,21 +316,16 @@ class _Sequence:
     ) -> tuple[list[_Piece], list[_Piece]]:
         """``gathered`` without the rows that get the head start, and these."""
         left, right = self._window
-        own = union(self._layout[rank])
-
-        def own_pairs(pieces: Sequence[_Piece]) -> int:
-            segments = self._segments(pieces, own, lambda keys: keys)
-            return sum(visible_pairs(s.rows[1] - s.rows[0], s.keys[1] - s.keys[0], *s.window_size) for s in segments)
 
         def cut(piece: _Piece, num_rows: int) -> tuple[_Piece, _Piece]:
             (lo, hi), at = piece.rows, piece.rows[1] - num_rows
             first, last = (_reach(piece.keys, rows, left, right) for rows in ((lo, at), (at, hi)))
             return _Piece((lo, at), piece.start, first), _Piece((at, hi), piece.start + at - lo, last)
 
-        missing = head_start.pairs + head_start.pairs_per_key * self.remote(rank)[0] - own_pairs(alone)
-        chosen = max(gathered, key=lambda piece: own_pairs([piece]))
+        missing = head_start.pairs + head_start.pairs_per_key * self.share(rank).remote_keys - self._own_pairs(rank, alone)
+        chosen = max(gathered, key=lambda piece: self._own_pairs(rank, [piece]))
         most = (chosen.rows[1] - chosen.rows[0]) // (4 * head_start.rows)
-        steps = bisect_left(range(most), missing, key=lambda n: own_pairs([cut(chosen, n * head_start.rows)[1]]))
+        steps = bisect_left(range(most), missing, key=lambda n: self._own_pairs(rank, [cut(chosen, n * head_start.rows)[1]]))
         if steps == 0:
             return list(gathered), []
         late, early = cut(chosen, steps * head_start.rows)
@@ -370,8 +379,23 @@ class _Sequence:
             reduce=Exchange(f"group_reduce of stage {number}", tuple(receives), tuple(homeward), place),
         )
 
-    def remote(self, rank: int) -> tuple[int, int]:
-        """(keys that ``rank`` sees and does not hold, its rows that see any of them)."""
+    def _apart(self, rank: int) -> tuple[list[_Piece], list[_Piece]]:
+        """The rank's pieces: those that see own keys alone, and the others."""
+        own = union(self._layout[rank])
+        alone: list[_Piece] = []
+        gathered: list[_Piece] = []
+        for piece in self._pieces(rank):
+            sees_own_alone = num_tokens(intersection(own, (piece.keys,))) == piece.keys[1] - piece.keys[0]
+            (alone if sees_own_alone else gathered).append(piece)
+        return alone, gathered
+
+    def _own_pairs(self, rank: int, pieces: Sequence[_Piece]) -> int:
+        """Visible pairs of the pieces' rows and the rank's own keys."""
+        segments = self._segments(pieces, union(self._layout[rank]), lambda keys: keys)
+        return sum(visible_pairs(s.rows[1] - s.rows[0], s.keys[1] - s.keys[0], *s.window_size) for s in segments)
+
+    def share(self, rank: int) -> Share:
+        """What of the sequence concerns ``rank``."""
         left, right = self._window
         own, rows = union(self._layout[rank]), 0
         for piece in self._pieces(rank):
@@ -379,7 +403,7 @@ class _Sequence:
             reached = [_reach(piece.rows, (lo, hi), right, left) for lo, hi in zip(held[::2], held[1::2], strict=True) if lo < hi]
             rows += num_tokens(union(reached))
         seen = self._seen(rank)
-        return num_tokens(seen) - num_tokens(intersection(own, seen)), rows
+        return Share(num_tokens(seen) - num_tokens(intersection(own, seen)), rows, self._own_pairs(rank, self._apart(rank)[0]))
 
     def _seen(self, rank: int) -> RankRanges:
         """All keys that the rank sees."""
