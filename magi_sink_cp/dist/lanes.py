@@ -53,19 +53,24 @@ class TwoLanes(Lanes):
     def __init__(self) -> None:
         self._calling = torch.cuda.current_stream()
         self._beside, self._arrivals = _streams_beside(self._calling)
+        self._begun = self._calling.record_event()
         self._turns = 0
+        self._joined = True
 
     def arrive(self, transfer: Transfer) -> None:
         # On a stream of its own, so that neither lane waits for the other's calls before.
+        self._arrivals.wait_event(self._begun)  # which takes it into a graph that is being captured
         with torch.cuda.stream(self._arrivals):
             transfer.wait()
         for lane in (self._calling, self._beside):
             lane.wait_stream(self._arrivals)
+        self._joined = False
 
     def turn(self) -> contextlib.AbstractContextManager[object]:
         if self._turns == 0:
             self._beside.wait_stream(self._calling)
         self._turns += 1
+        self._joined = False
         return contextlib.nullcontext() if self._turns % 2 else torch.cuda.stream(self._beside)
 
     def give(self, *tensors: Tensor) -> None:
@@ -74,9 +79,9 @@ class TwoLanes(Lanes):
                 tensor.record_stream(self._calling)
 
     def join(self) -> None:
-        if self._turns > 1:
+        if not self._joined:
             self._calling.wait_stream(self._beside)
-        self._turns = 0
+        self._turns, self._joined = 0, True
 
 
 @functools.lru_cache(maxsize=64)
