@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import itertools
 import time
-from unittest import mock
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from magi_sink_cp.dist import schedule as schedule_module
 from magi_sink_cp.dist.layout import BALANCED_CHUNKS, LAYOUTS, causal_pairs, num_tokens, zigzag
 from magi_sink_cp.dist.schedule import (
     CAUSAL,
@@ -45,12 +43,20 @@ def local_tokens(layout, rank) -> list[int]:
 
 
 def simulate(
-    lengths: list[int], cp_size: int, window_size: tuple[int, int], layout, overlap_degree: int, head_start: HeadStart | None
+    lengths: list[int],
+    cp_size: int,
+    window_size: tuple[int, int],
+    layout,
+    overlap_degree: int,
+    head_start: HeadStart | None,
+    large_rows: int | None,
 ) -> tuple[torch.Tensor, list[Schedule]]:
     """How often each (query, key) pair of the whole sequence is computed, following every rank's schedule with real buffers."""
     total = sum(lengths)
     documents = documents_of(lengths)
-    schedules = [build_schedule(layout, documents, window_size, rank, overlap_degree, head_start) for rank in range(cp_size)]
+    schedules = [
+        build_schedule(layout, documents, window_size, rank, overlap_degree, head_start, large_rows) for rank in range(cp_size)
+    ]
     counts = torch.zeros(total, total, dtype=torch.int64)
     for rank, schedule in enumerate(schedules):
         rows = local_tokens(layout, rank)
@@ -113,8 +119,8 @@ def received(layout, schedules: list[Schedule], rank: int, number: int) -> list[
     return buffer
 
 
-def check(lengths, cp_size, window_size, layout, overlap_degree, head_start=None):
-    counts, schedules = simulate(lengths, cp_size, window_size, layout, overlap_degree, head_start)
+def check(lengths, cp_size, window_size, layout, overlap_degree, head_start=None, large_rows=None):
+    counts, schedules = simulate(lengths, cp_size, window_size, layout, overlap_degree, head_start, large_rows)
     cu = offsets(lengths)
     assert torch.equal(counts, document_mask(cu, cu, False, window_size).long())
     return schedules
@@ -134,11 +140,11 @@ windows = st.tuples(st.integers(-1, 30), st.integers(-1, 30))
     lengths=st.lists(st.integers(0, 40), min_size=1, max_size=6),
     cp_size=st.integers(1, 5),
     window_size=windows,
-    large_rows=st.sampled_from([1, 5, schedule_module.LARGE_ROWS]),
+    large_rows=st.sampled_from([None, 1, 5]),
 )
 def test_windows_of_any_size_against_any_chunk(data, lengths, cp_size, window_size, large_rows):
-    with mock.patch.object(schedule_module, "LARGE_ROWS", large_rows):
-        check(lengths, cp_size, window_size, zigzag(sum(lengths), cp_size), data.draw(degrees(cp_size)), data.draw(head_starts))
+    layout = zigzag(sum(lengths), cp_size)
+    check(lengths, cp_size, window_size, layout, data.draw(degrees(cp_size)), data.draw(head_starts), large_rows)
 
 
 @settings(max_examples=200, deadline=None)
@@ -181,18 +187,20 @@ def test_what_a_window_sends_does_not_grow_with_the_sequence(cp_size, overlap_de
         schedules = [build_schedule(layout, [(0, total)], (128, 0), rank, overlap_degree) for rank in range(cp_size)]
         sent[total] = [schedule.sent_tokens for schedule in schedules]
         for schedule in schedules:
-            assert sum(len(stage.calls) for stage in schedule.stages) <= 4
+            assert sum(len(stage.calls) for stage in schedule.stages) <= 3
     assert len(set(map(tuple, sent.values()))) == 1
     assert max(sent[2**20]) <= 2 * 128
 
 
 def test_large_segments_run_by_themselves():
-    def segments(total: int) -> list[int]:
-        (stage,) = build_schedule(zigzag(total, 1), [(0, total // 2), (total // 2, total)], CAUSAL, 0, 0).stages
+    def segments(lengths: list[int], large_rows: int | None) -> list[int]:
+        (stage,) = build_schedule(zigzag(sum(lengths), 1), documents_of(lengths), CAUSAL, 0, 0, large_rows=large_rows).stages
         return [len(call.cu_seqlens_q) - 1 for call in stage.calls]
 
-    assert segments(2 * schedule_module.LARGE_ROWS) == [1, 1]
-    assert segments(2 * schedule_module.LARGE_ROWS - 2) == [2]
+    assert segments([50, 50], 50) == [1, 1]
+    assert segments([50, 50], 51) == [2]
+    assert segments([50, 50], None) == [2]
+    assert segments([50, 3, 50], 50) == [3], "a small one between them is in nobody's way"
 
 
 @settings(max_examples=300, deadline=None)

@@ -157,8 +157,10 @@ class _Call:
 
     def lanes(self, backward: bool, device: torch.device) -> Lanes:
         """For one pass."""
-        calls = sum(len(stage.calls) for stage in (self.backward_schedule if backward else self.schedule).stages)
-        return TwoLanes() if device.type == "cuda" and self.two_lanes[backward] and calls > 1 else Lanes()
+        kernels = [kernel for stage in (self.backward_schedule if backward else self.schedule).stages for kernel in stage.calls]
+        for kernel in kernels:  # what calls on either lane read is there before the first of them
+            _request(kernel, self, device)
+        return TwoLanes() if device.type == "cuda" and self.two_lanes[backward] and len(kernels) > 1 else Lanes()
 
     def padding(self, device: torch.device) -> Tensor:
         """bool (T,): the rows that are no token of the sequence."""
@@ -279,7 +281,7 @@ def _check_call(
         batch_size=batch_size,
         overlap_degrees=degrees,
         two_lanes=overlap.two_lanes,
-        schedule=plan.schedule(params.window_size, degrees[0], batch_size, overlap.head_start if degrees[0] == 0 else None),
+        schedule=plan.schedule(params.window_size, degrees[0], batch_size, overlap.head_start, overlap.large_rows),
         backward_schedule=plan.schedule(params.window_size, degrees[1], batch_size),
         backend=chosen,
         sink_backend=sink_backend,
@@ -322,7 +324,6 @@ class _CPAttentionWithSink(torch.autograd.Function):
                     target, added = (out[rows], kernel_sink) if kernel.first else (None, None)
                     with lanes.turn():
                         partial = _forward_kernel(q[rows], k_stage[keys], v_stage[keys], kernel, call, target, added, exact_lse)
-                        lanes.give(partial.out, partial.lse)
                     if not kernel.first and len(others) == MAX_PARTIALS - 1:
                         lanes.join()
                         others = [_fold(others)]
@@ -370,9 +371,8 @@ class _CPAttentionWithSink(torch.autograd.Function):
                     target = own_dq[rows] if kernel.first else None
                     with lanes.turn():
                         grads = _backward_kernel(dout, q, k_stage[keys], v_stage[keys], out, lse, dlse, kernel, call, target)
-                        lanes.give(grads.dq, grads.dk, grads.dv)
                         if kernel.first and dsink is not None:
-                            lanes.give(dsink.add(grads.delta, out[rows], dout[rows], None if dlse is None else dlse[:, rows], rows))
+                            dsink.add(grads.delta, out[rows], dout[rows], None if dlse is None else dlse[:, rows], rows)
                     for total, part in ((dk_stage, grads.dk), (dv_stage, grads.dv)):
                         total.add(part, [(kernel.keys, (0, part.shape[0]))])
                     if not kernel.first:
@@ -615,12 +615,10 @@ class _SinkGradient:
         self._dsink: Tensor | None = None
         self._work: dist.Work | None = None
 
-    def add(self, delta: RowDelta | None, out: Tensor, dout: Tensor, dlse: Tensor | None, rows: slice) -> Tensor:
-        """Add what these rows contribute, and return it."""
+    def add(self, delta: RowDelta | None, out: Tensor, dout: Tensor, dlse: Tensor | None, rows: slice) -> None:
+        """Add what these rows contribute."""
         sink = self._sink if self._sink.dim() == 2 else self._sink[rows]
-        part = sink_gradient(sink, self._lse[:, rows], delta, out, dout, dlse)
-        self._parts.append((rows, part))
-        return part
+        self._parts.append((rows, sink_gradient(sink, self._lse[:, rows], delta, out, dout, dlse)))
 
     def reduce(self) -> None:
         """Every row has been added: start the reduction over the ranks, if one was asked for."""

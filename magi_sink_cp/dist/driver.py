@@ -16,6 +16,7 @@ from magi_sink_cp.kernels.flash import NotUsableError
 
 _WAIT_UNTIL_GEQ = 0
 _DISABLE_TIMING = 2
+_NON_BLOCKING = 1  # does not wait for the legacy default stream
 _MOST_LINKS = 18
 _DEFAULT = 0  # of a write: everything before it in the stream is visible to whoever sees it, on any device
 
@@ -47,6 +48,14 @@ def wait_flag(address: int, value: int, stream: int) -> None:
         ),
         "cuStreamWaitValue32",
     )
+
+
+def new_stream() -> int:
+    """A stream of the current device that lives as long as the process."""
+    stream = Handle()
+    _check(_driver().cuStreamCreate(ctypes.byref(stream), _NON_BLOCKING), "cuStreamCreate")
+    assert stream.value is not None, "cuStreamCreate succeeded"
+    return stream.value
 
 
 Handle = ctypes.c_void_p

@@ -13,8 +13,8 @@ import functools
 from types import TracebackType
 
 import torch
-from torch import Tensor
 
+from magi_sink_cp.dist import driver
 from magi_sink_cp.dist.transport import Transfer
 
 
@@ -22,8 +22,8 @@ class Lanes:
     """Where the kernel calls of one pass run. One lane: all of them on the calling stream, or on a CPU one after the other.
 
     A call may read what the calling stream had enqueued when the first call after a :meth:`join` was made, and what has arrived
-    (:meth:`arrive`); what it reads must be kept until the next join, and what it gives (:meth:`give`) may be read after that.
-    Leaving the ``with`` block joins.
+    (:meth:`arrive`); what it reads must be kept until the next join. What it makes may be read, and let go, where no call has been
+    made since a join. Leaving the ``with`` block joins.
     """
 
     def __enter__(self) -> Lanes:
@@ -40,15 +40,17 @@ class Lanes:
         """Where the next call runs."""
         return contextlib.nullcontext()
 
-    def give(self, *tensors: Tensor) -> None:
-        """These tensors, made in the turn that is under way, are read after the next join."""
-
     def join(self) -> None:
         """The calling stream waits for all calls so far."""
 
 
 class TwoLanes(Lanes):
-    """In turns on the calling stream of the current GPU and on one beside it."""
+    """In turns on the calling stream of the current GPU and on one beside it.
+
+    Memory that a call beside leaves is used again beside, after a turn has made that stream wait for all that the calling one had
+    enqueued, and with it for the last to read it. So no tensor needs ``record_stream``, which would keep the memory of every layer
+    that the host is ahead of the GPU.
+    """
 
     def __init__(self) -> None:
         self._calling = torch.cuda.current_stream()
@@ -73,18 +75,14 @@ class TwoLanes(Lanes):
         self._joined = False
         return contextlib.nullcontext() if self._turns % 2 else torch.cuda.stream(self._beside)
 
-    def give(self, *tensors: Tensor) -> None:
-        if self._turns % 2 == 0:
-            for tensor in tensors:
-                tensor.record_stream(self._calling)
-
     def join(self) -> None:
         if not self._joined:
             self._calling.wait_stream(self._beside)
         self._turns, self._joined = 0, True
 
 
-@functools.lru_cache(maxsize=64)
+@functools.cache
 def _streams_beside(calling: torch.cuda.Stream) -> tuple[torch.cuda.Stream, torch.cuda.Stream]:
-    """Two streams for each that calls, so that passes on several streams do not wait for each other."""
-    return torch.cuda.Stream(calling.device), torch.cuda.Stream(calling.device)
+    """Two streams for each that calls, nobody else's: torch's own are dealt out again after the 32nd."""
+    beside, arrivals = (torch.cuda.ExternalStream(driver.new_stream(), calling.device) for _ in range(2))
+    return beside, arrivals

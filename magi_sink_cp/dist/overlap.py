@@ -7,19 +7,20 @@ more, and the sum of two dq. Seconds beyond the computation itself, per rank:
 
     link(t)            = LATENCY + bytes of k and v of t tokens / LINK
     travel             = link(all remote keys) + a pass over the rank's own k and v, which are copied beside them
-    forward, 0:        what of travel neither rows that see own keys alone nor a head start fill + (calls + 2) · CALL
+    forward, 0:        what of travel is longer than rows that see own keys alone take, or a head start + (calls + 2) · CALL
     forward, n:        n · (2 bytes for each element of q in those rows / MEMORY) + calls · CALL
                        + Σ stages [link(its keys) - what hides it]; where the kernels add the sink, also a read and a write of out
                        and lse in merges that are calls of their own
-    backward, 0:       what of travel rows that see own keys alone do not fill + link(all remote keys) + calls · CALL
+    backward, 0:       what of travel is longer than rows that see own keys alone take + link(all remote keys) + calls · CALL
     backward, n:       as forward, with 16 bytes and 2 · link, + link(keys of the last stage)
 
 and SLOWER · the computation: FlashAttention-3 takes longer for two forward calls than for one. With ``ranges`` token ranges a rank,
 0 makes as many kernel calls, or twice as many where documents end within them, as it computes rows with and without remote keys
-apart; n makes one for the own keys and half as many as ranges for each stage.
+apart; n makes one for the own keys and half as many as ranges for each stage. Segments of large_rows are more calls in forward, but
+in all degrees alike, and too long for their ends to matter.
 
-Calls that take long run one after the other; others in turns on two streams (lanes.py), where two of them can be under way, each
-with its fp32 accumulator of dq.
+Calls of a pass that takes long run one after the other; those of others in turns on two streams (lanes.py), where two of them can
+be under way, each with its fp32 accumulator of dq.
 
 Kernels that can add the sink (fa4) save the pass over out that the merge makes for it, and are slower than FlashAttention-3: they
 pay where rows see few keys.
@@ -51,6 +52,8 @@ SINK_KERNEL_SLOWER = 0.045
 # Processors, and the query rows of one head that the attention kernels give one of them at a time.
 PROCESSORS = 132
 TILE_ROWS = 128
+# Rounds of tiles on all processors from where on the end of a call is no matter.
+LARGE_WAVES = 16
 # Of computation, from where on the ends of calls are no matter, but the fp32 accumulators of two calls' dq are.
 TWO_LANES_S = 20e-3
 # A buffer holds at most so many times the rank's own keys: what a rank holds does not grow with cp_size.
@@ -93,12 +96,14 @@ class Overlap:
         degrees: overlap_degree of forward and backward.
         sink_in_kernel: the forward kernels add the sink; else the merge does.
         head_start: of degree 0 in forward.
+        large_rows: neighbouring segments of so many rows are forward calls of their own.
         two_lanes: of forward and backward: calls run on two streams in turns (lanes.py).
     """
 
     degrees: tuple[int, int]
     sink_in_kernel: bool
     head_start: HeadStart
+    large_rows: int
     two_lanes: tuple[bool, bool]
 
 
@@ -121,7 +126,9 @@ def choose_overlap(work: Work, cp_size: int, link: str, sink_kernel_slower: floa
         pairs_per_key=_token_bytes(work) / LINK[link] / pair_s,
         rows=max(1, PROCESSORS // work.heads) * TILE_ROWS,
     )
-    return Overlap((forward, backward), sink_in_kernel, head_start, (_two_lanes(work, "forward"), _two_lanes(work, "backward")))
+    large_rows = -(-LARGE_WAVES * PROCESSORS // work.heads) * TILE_ROWS
+    two_lanes = _two_lanes(work, "forward"), _two_lanes(work, "backward")
+    return Overlap((forward, backward), sink_in_kernel, head_start, large_rows, two_lanes)
 
 
 def cost_s(work: Work, cp_size: int, degree: int, link: str, way: str, sink_in_kernel: bool = False) -> float:

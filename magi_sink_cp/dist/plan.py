@@ -153,7 +153,7 @@ class CPPlan:
         self._agreed: set[str] = set()
         # Calls that have been checked (attention.py), by what was checked.
         self.calls: dict[tuple[object, ...], Any] = {}
-        self._schedules: dict[tuple[Window, int, int, HeadStart | None], Schedule] = {}
+        self._schedules: dict[tuple[Window, int, int, HeadStart | None, int | None], Schedule] = {}
         self._overlaps: dict[tuple[object, ...], Overlap] = {}
 
     @property
@@ -199,7 +199,12 @@ class CPPlan:
         return _Unshard.apply(x, dim, self)
 
     def schedule(
-        self, window_size: Window, overlap_degree: int, batch_size: int = 1, head_start: HeadStart | None = None
+        self,
+        window_size: Window,
+        overlap_degree: int,
+        batch_size: int = 1,
+        head_start: HeadStart | None = None,
+        large_rows: int | None = None,
     ) -> Schedule:
         """This rank's stages, built once.
 
@@ -208,8 +213,10 @@ class CPPlan:
             overlap_degree: how many stages travel behind another one's computation.
             batch_size: samples, each laid out and cut into documents as the plan says, back to back.
             head_start: what overlap_degree 0 computes while the keys travel.
+            large_rows: neighbouring segments of so many rows are kernel calls of their own.
         """
-        key = (window_size, min(overlap_degree, self.cp_size - 1), batch_size, head_start)
+        head_start = head_start if overlap_degree == 0 else None
+        key = (window_size, min(overlap_degree, self.cp_size - 1), batch_size, head_start, large_rows)
         if key not in self._schedules:
             length = self.total_tokens + self.pad_tokens
             starts = [sample * length for sample in range(batch_size)]
@@ -217,7 +224,7 @@ class CPPlan:
             documents = [(lo + at, hi + at) for at in starts for lo, hi in self.documents]
             routed = self.transport is not None and self.transport.needs_route
             build = build_routed_schedule if routed else build_schedule
-            self._schedules[key] = build(layout, documents, window_size, self.rank, overlap_degree, head_start)
+            self._schedules[key] = build(layout, documents, window_size, self.rank, overlap_degree, head_start, large_rows)
         return self._schedules[key]
 
     def overlap(

@@ -33,8 +33,6 @@ from magi_sink_cp.dist.layout import Range, RankRanges, intersection, num_tokens
 Window = tuple[int, int]
 FULL: Window = (-1, -1)
 CAUSAL: Window = (-1, 0)
-# Query rows that fill a GPU by themselves.
-LARGE_ROWS = 4096
 
 
 @dataclass(frozen=True)
@@ -188,6 +186,7 @@ def build_schedule(
     rank: int,
     overlap_degree: int,
     head_start: HeadStart | None = None,
+    large_rows: int | None = None,
 ) -> Schedule:
     """The schedule of ``rank``.
 
@@ -197,8 +196,10 @@ def build_schedule(
         window_size: (left, right) tokens that a query sees around itself in its document; -1 is unlimited, right 0 is causal.
         overlap_degree: how many stages travel behind another one's computation; more than cp_size - 1 are as many.
         head_start: for overlap_degree 0.
+        large_rows: neighbouring segments of so many rows are kernel calls of their own, as dense calls are faster than packed ones
+            (FlashAttention-4's by a sixth under a window of 128).
     """
-    return Schedule(tuple(_Sequence(layout, documents, window_size).stages(rank, overlap_degree, head_start)))
+    return Schedule(tuple(_Sequence(layout, documents, window_size, large_rows).stages(rank, overlap_degree, head_start)))
 
 
 @dataclass(frozen=True)
@@ -234,9 +235,10 @@ def build_routed_schedule(
     rank: int,
     overlap_degree: int,
     head_start: HeadStart | None = None,
+    large_rows: int | None = None,
 ) -> Schedule:
     """:func:`build_schedule` with the routes of its exchanges, for which it builds the schedules of all ranks."""
-    sequence = _Sequence(layout, documents, window_size)
+    sequence = _Sequence(layout, documents, window_size, large_rows)
     schedules = [Schedule(tuple(sequence.stages(other, overlap_degree, head_start))) for other in range(len(layout))]
     return _add_routes(schedules, rank)
 
@@ -282,8 +284,11 @@ class _Piece:
 class _Sequence:
     """The whole sequence under one mask, seen from any rank."""
 
-    def __init__(self, layout: Sequence[RankRanges], documents: Sequence[Range], window_size: Window) -> None:
+    def __init__(
+        self, layout: Sequence[RankRanges], documents: Sequence[Range], window_size: Window, large_rows: int | None = None
+    ) -> None:
         self._layout = layout
+        self._large_rows = large_rows
         self._documents = documents
         self._starts = [lo for lo, _ in documents]
         # A window that reaches across every document limits nothing.
@@ -307,13 +312,11 @@ class _Sequence:
             alone, gathered = self._apart(rank)
             early: list[_Piece] = []
             if head_start is not None and gathered:
-                gathered, early = self._split(rank, alone, gathered, head_start)
+                gathered, early = self._split(rank, gathered, head_start)
             yield self._stage(rank, 0, range(1), [*alone, *early])
             yield self._stage(rank, 1, range(cp_size), gathered, early)
 
-    def _split(
-        self, rank: int, alone: Sequence[_Piece], gathered: Sequence[_Piece], head_start: HeadStart
-    ) -> tuple[list[_Piece], list[_Piece]]:
+    def _split(self, rank: int, gathered: Sequence[_Piece], head_start: HeadStart) -> tuple[list[_Piece], list[_Piece]]:
         """``gathered`` without the rows that get the head start, and these."""
         left, right = self._window
 
@@ -322,7 +325,8 @@ class _Sequence:
             first, last = (_reach(piece.keys, rows, left, right) for rows in ((lo, at), (at, hi)))
             return _Piece((lo, at), piece.start, first), _Piece((at, hi), piece.start + at - lo, last)
 
-        missing = head_start.pairs + head_start.pairs_per_key * self.share(rank).remote_keys - self._own_pairs(rank, alone)
+        share = self.share(rank)
+        missing = head_start.pairs + head_start.pairs_per_key * share.remote_keys - share.alone_pairs
         chosen = max(gathered, key=lambda piece: self._own_pairs(rank, [piece]))
         most = (chosen.rows[1] - chosen.rows[0]) // (4 * head_start.rows)
         steps = bisect_left(range(most), missing, key=lambda n: self._own_pairs(rank, [cut(chosen, n * head_start.rows)[1]]))
@@ -370,7 +374,7 @@ class _Sequence:
                 place += tokens[1] - tokens[0]
         segments = _join(list(self._segments(pieces, runs, to_buffer))) + _join(list(self._segments(early, remote, to_buffer)))
         starts = sorted({piece.start for piece in (*self._pieces(rank), *pieces, *early)})
-        calls = _group(segments, starts if 0 in steps else None)
+        calls = _group(segments, starts if 0 in steps else None, self._large_rows)
         return Stage(
             local=local,
             calls=tuple(sorted(calls, key=lambda call: not call.first)),
@@ -489,19 +493,19 @@ def _join(segments: Sequence[Segment]) -> list[Segment]:
     return along_rows
 
 
-def _group(segments: Sequence[Segment], starts: Sequence[int] | None) -> list[KernelCall]:
+def _group(segments: Sequence[Segment], starts: Sequence[int] | None, large_rows: int | None) -> list[KernelCall]:
     """Kernel calls whose segments have one window and ascend in rows and in keys: the first that a segment fits behind takes it.
 
-    Neighbours that each fill a GPU stay apart, as dense calls are faster than packed ones, FlashAttention-4's windows by a sixth.
-    Between two of its segments lie no more rows than they hold themselves, as those are computed for nothing. With ``starts``,
-    the sorted first rows of all pieces, they are padding: what a call writes is then nobody else's.
+    Neighbours of ``large_rows`` or more stay apart. Between two segments of a call lie no more rows than they hold themselves, as
+    those are computed for nothing. With ``starts``, the sorted first rows of all pieces, they are padding: what a call writes is
+    then nobody else's.
     """
 
     def fits(group: list[Segment], s: Segment) -> bool:
         last = group[-1]
         if (last.window_size, last.diagonal) != (s.window_size, s.diagonal):
             return False
-        if min(x.rows[1] - x.rows[0] for x in (last, s)) >= LARGE_ROWS:
+        if large_rows is not None and min(x.rows[1] - x.rows[0] for x in (last, s)) >= large_rows:
             return False
         gap = s.rows[0] - last.rows[1]
         if gap < 0 or s.keys[0] < last.keys[1]:

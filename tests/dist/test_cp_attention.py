@@ -14,7 +14,6 @@ import torch.distributed as dist
 from magi_sink_cp import attention_with_sink, cp_attention_with_sink, make_cp_plan
 from magi_sink_cp.dist import attention as cp_module
 from magi_sink_cp.dist import overlap
-from magi_sink_cp.dist import schedule as schedule_module
 from magi_sink_cp.dist.lanes import Lanes
 from magi_sink_cp.kernels import fa4
 from magi_sink_cp.kernels.protocol import Partial
@@ -580,44 +579,92 @@ def adding_kernels(tile_rows: int = 128, slower: float = 0.0) -> Iterator[list[d
 
 
 class LateLanes(Lanes):
-    """Stands in for two streams: what every other call gives is NaN until the lanes join, as it may be on a GPU."""
+    """Stands in for two streams. What every other call makes is NaN until the lanes join, as it may be on a GPU; what such a call
+    reads must not change until then, and what travels must not be read before it has arrived or after it has been released."""
 
     def __init__(self) -> None:
-        self._turns = 0
-        self._given: list[torch.Tensor] = []
+        self.turns = 0
+        self.absent: set[int] = set()  # storages of transfers' buffers
+        self._in_turn = False
+        self._made: list[torch.Tensor] = []
         self._late: list[tuple[torch.Tensor, torch.Tensor]] = []
+        self._read: list[tuple[torch.Tensor, torch.Tensor]] = []
+
+    def arrive(self, transfer):
+        transfer.wait()
+        self.absent -= set(map(storage, transfer.buffers))
 
     @contextlib.contextmanager
     def turn(self):
-        self._turns += 1
-        made: list[torch.Tensor] = []
-        with contextlib.ExitStack() as stack:
-            for name in ("_forward_kernel", "_backward_kernel", "sink_gradient"):
-                stack.enter_context(mock.patch.object(cp_module, name, noting(getattr(cp_module, name), made)))
-            yield
-        assert {x.data_ptr() for x in made} == {x.data_ptr() for x in self._given}, "made in a turn, and not given"
-        if self._turns % 2 == 0:
-            for x in self._given:
+        self.turns += 1
+        self._in_turn = True
+        yield
+        self._in_turn = False
+        if self.turns % 2 == 0:
+            for x in self._made:
                 self._late.append((x, x.clone()))
                 x.fill_(float("nan"))
-        self._given = []
-
-    def give(self, *tensors):
-        self._given += tensors
+        self._made = []
 
     def join(self):
+        for x, value in self._read:
+            assert torch.equal(x.nan_to_num(), value.nan_to_num()), "written while a call beside may read it"
         for x, value in self._late:
             x.copy_(value)
-        self._late = []
+        self.turns, self._read, self._late = 0, [], []
 
-
-def noting(function, made):
-    def call(*arguments):
+    def run(self, function, written, *arguments):
+        """A kernel call, whose argument number ``written`` is filled by it."""
+        assert self._in_turn, "a kernel call outside the lanes"
+        read = [x for number, x in enumerate(arguments) if torch.is_tensor(x) and number != written]
+        assert self.absent.isdisjoint(map(storage, read)), "read before it has arrived, or after it has been released"
+        if self.turns % 2 == 0:
+            self._read += [(x, x.clone()) for x in read]
         result = function(*arguments)
-        made.extend([result] if isinstance(result, torch.Tensor) else [x for x in vars(result).values() if torch.is_tensor(x)])
+        self._made += [result] if torch.is_tensor(result) else [x for x in vars(result).values() if torch.is_tensor(x)]
         return result
 
-    return call
+    def start(self, function, flight, tensors, exchange, own=()):
+        assert not own or self.turns == 0, "own keys are put beside the others' while calls are under way"
+        transfer = function(flight, tensors, exchange, own)
+        self.absent |= set(map(storage, transfer.buffers))
+        release = transfer.release
+
+        def after_the_join():
+            assert self.turns == 0, "released while calls are under way"
+            self.absent |= set(map(storage, transfer.buffers))
+            release()
+
+        transfer.release = after_the_join
+        return transfer
+
+
+def storage(x: torch.Tensor) -> int:
+    return x.untyped_storage().data_ptr()
+
+
+@contextlib.contextmanager
+def late_lanes():
+    made: list[LateLanes] = []
+
+    def lanes(*_):
+        made.append(LateLanes())
+        return made[-1]
+
+    def running(function, written):
+        return lambda *arguments: made[-1].run(function, written, *arguments)
+
+    def starting(function):
+        return lambda *arguments: made[-1].start(function, *arguments)
+
+    with (
+        mock.patch.object(cp_module._Call, "lanes", side_effect=lanes),
+        mock.patch.object(cp_module, "_forward_kernel", running(cp_module._forward_kernel, 5)),
+        mock.patch.object(cp_module, "_backward_kernel", running(cp_module._backward_kernel, 9)),
+        mock.patch.object(cp_module, "sink_gradient", running(cp_module.sink_gradient, None)),
+        mock.patch.object(cp_module._Flight, "start", starting(cp_module._Flight.start)),
+    ):
+        yield
 
 
 @pytest.mark.parametrize("num_ranks", [1, 2, 3])
@@ -628,11 +675,7 @@ def test_what_runs_beside_is_waited_for(num_ranks, own_sink, first_seed):
 
 
 def body_lanes(group, device, *, own_sink, seeds) -> None:
-    with (
-        mock.patch.object(cp_module._Call, "lanes", side_effect=lambda *_: LateLanes()),
-        mock.patch.object(schedule_module, "LARGE_ROWS", 6),
-        adding_kernels() if own_sink else contextlib.nullcontext(),
-    ):
+    with late_lanes(), mock.patch.object(overlap, "LARGE_WAVES", 1), adding_kernels(1) if own_sink else contextlib.nullcontext():
         body_random(group, device, seeds=seeds)
 
 

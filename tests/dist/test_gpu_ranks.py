@@ -12,6 +12,7 @@ from magi_sink_cp.kernels.fa4 import Fa4Backend
 from tests.dist.ranks import run_on_ranks
 from tests.dist.test_cp_attention import LENGTHS, body_random, cp_results
 from tests.helpers import Case, assert_within_plain, errors, make_case, run, truth
+from tests.test_gpu_lanes import check_lanes
 
 pytestmark = pytest.mark.gpu(count=2)
 
@@ -163,3 +164,54 @@ def body_capture(group, device) -> None:
     again = make_cp_plan(256, group=group, transport="symm_mem")
     cp_attention_with_sink(q, q, q, plan=again)
     torch.cuda.synchronize()
+
+
+@pytest.mark.parametrize("transport", TRANSPORTS)
+@pytest.mark.parametrize("overlap_degree", [0, 1])
+@pytest.mark.parametrize("options", [{}, {"window_size": (128, 0)}, {"cu_seqlens": [0, 1500, 2800, 2840, 5840, 8192]}])
+def test_two_lanes_change_nothing(transport, overlap_degree, options):
+    run_on_ranks(2, body_lanes, "cuda", transport=transport, overlap_degree=overlap_degree, **options)
+
+
+def body_lanes(group, device, *, transport, overlap_degree, window_size=(-1, -1), cu_seqlens=None) -> None:
+    plan = make_cp_plan(8192, group=group, transport=transport, cu_seqlens=cu_seqlens)
+    leaves = [torch.randn(plan.local_tokens, h, 64, device=device, dtype=torch.bfloat16).requires_grad_() for h in (16, 2, 2)]
+    dout = torch.randn_like(leaves[0])
+
+    def step() -> tuple[torch.Tensor, ...]:
+        options = {"window_size": window_size, "overlap_degree": overlap_degree, "deterministic": True, "backend": "fa3"}
+        out, lse = cp_attention_with_sink(*leaves, plan=plan, return_lse=True, **options)
+        return out.detach(), lse.detach(), *torch.autograd.grad(out, leaves, dout)
+
+    check_lanes(leaves, step, passes=None)
+
+
+@pytest.mark.parametrize("overlap_degree", [0, 1])
+def test_a_graph_holds_nccl(overlap_degree):
+    run_on_ranks(2, body_graph, "cuda", overlap_degree=overlap_degree)
+
+
+def body_graph(group, device, *, overlap_degree) -> None:
+    plan = make_cp_plan(3000, group=group, transport="nccl")
+    leaves = [torch.randn(plan.local_tokens, h, 64, device=device, dtype=torch.bfloat16).requires_grad_() for h in (8, 2, 2)]
+    dout = torch.randn_like(leaves[0])
+
+    def step() -> tuple[torch.Tensor, ...]:
+        out = cp_attention_with_sink(*leaves, plan=plan, overlap_degree=overlap_degree, deterministic=True)
+        return out.detach(), *torch.autograd.grad(out, leaves, dout)
+
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        step()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):  # NCCL's watchdog is another thread
+        captured = step()
+    with torch.no_grad():
+        for x in leaves:
+            x.copy_(torch.randn_like(x))
+    expected = step()
+    graph.replay()
+    torch.cuda.synchronize()
+    for ours, theirs in zip(captured, expected, strict=True):
+        assert torch.equal(ours, theirs)
