@@ -12,7 +12,7 @@ from magi_sink_cp.kernels.fa4 import Fa4Backend
 from tests.dist.ranks import run_on_ranks
 from tests.dist.test_cp_attention import LENGTHS, body_random, cp_results
 from tests.helpers import Case, assert_within_plain, errors, make_case, run, truth
-from tests.test_gpu_lanes import check_lanes
+from tests.test_gpu_lanes import check_graph, check_lanes
 
 pytestmark = pytest.mark.gpu(count=2)
 
@@ -200,18 +200,4 @@ def body_graph(group, device, *, overlap_degree) -> None:
         out = cp_attention_with_sink(*leaves, plan=plan, overlap_degree=overlap_degree, deterministic=True)
         return out.detach(), *torch.autograd.grad(out, leaves, dout)
 
-    stream = torch.cuda.Stream()
-    with torch.cuda.stream(stream):
-        step()
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):  # NCCL's watchdog is another thread
-        captured = step()
-    with torch.no_grad():
-        for x in leaves:
-            x.copy_(torch.randn_like(x))
-    expected = step()
-    graph.replay()
-    torch.cuda.synchronize()
-    for ours, theirs in zip(captured, expected, strict=True):
-        assert torch.equal(ours, theirs)
+    check_graph(leaves, step)
