@@ -124,7 +124,9 @@ def test_rows_that_see_own_keys_alone_hide_what_travels():
         assert cost_s(more, 4, 1, "network", way) == cost_s(few, 4, 1, "network", way)
 
 
-def test_short_calls_take_turns_on_two_streams():
+def test_passes_that_are_neither_short_nor_long_take_turns_on_two_streams():
+    assert choose(work(4096, 2), 2, "nvlink").two_lanes == (False, False)
+    assert choose(work(8192, 2), 2, "nvlink").two_lanes == (False, True)
     assert choose(work(16384, 2), 2, "nvlink").two_lanes == (True, True)
     assert choose(work(32768, 2), 2, "nvlink").two_lanes == (True, False)
     assert choose(work(131072, 2), 2, "nvlink").two_lanes == (False, False)

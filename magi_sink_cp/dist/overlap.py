@@ -19,8 +19,8 @@ and SLOWER · the computation: FlashAttention-3 takes longer for two forward cal
 apart; n makes one for the own keys and half as many as ranges for each stage. Segments of large_rows are more calls in forward, but
 in all degrees alike, and too long for their ends to matter.
 
-Calls of a pass that takes long run one after the other; those of others in turns on two streams (lanes.py), where two of them can
-be under way, each with its fp32 accumulator of dq.
+Calls of a pass that takes long, or very short, run one after the other; those of others in turns on two streams (lanes.py), where
+two of them can be under way, each with its fp32 accumulator of dq.
 
 Kernels that can add the sink (fa4) save the pass over out that the merge makes for it, and are slower than FlashAttention-3: they
 pay where rows see few keys.
@@ -54,8 +54,9 @@ PROCESSORS = 132
 TILE_ROWS = 128
 # Rounds of tiles on all processors from where on the end of a call is no matter.
 LARGE_WAVES = 16
-# Of computation, from where on the ends of calls are no matter, but the fp32 accumulators of two calls' dq are.
-TWO_LANES_S = 20e-3
+# Of computation: below, two streams wait for each other as long as they save; above, the ends of calls are no matter, but the fp32
+# accumulators of two calls' dq are.
+TWO_LANES_S = (1e-3, 20e-3)
 # A buffer holds at most so many times the rank's own keys: what a rank holds does not grow with cp_size.
 MAX_SHARDS = 4
 
@@ -175,7 +176,7 @@ def _computation_s(work: Work, way: str) -> float:
 
 
 def _two_lanes(work: Work, way: str) -> bool:
-    return _computation_s(work, way) < TWO_LANES_S
+    return TWO_LANES_S[0] < _computation_s(work, way) < TWO_LANES_S[1]
 
 
 def _pass_s(work: Work) -> float:

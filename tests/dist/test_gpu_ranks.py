@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from magi_sink_cp import attention_with_sink, backends, cp_attention_with_sink, make_cp_plan
+from magi_sink_cp.dist import overlap
 from magi_sink_cp.kernels.fa4 import Fa4Backend
 from tests.dist.ranks import run_on_ranks
 from tests.dist.test_cp_attention import LENGTHS, body_random, cp_results
@@ -183,7 +184,9 @@ def body_lanes(group, device, *, transport, overlap_degree, window_size=(-1, -1)
         out, lse = cp_attention_with_sink(*leaves, plan=plan, return_lse=True, **options)
         return out.detach(), lse.detach(), *torch.autograd.grad(out, leaves, dout)
 
-    check_lanes(leaves, step, passes=None)
+    with mock.patch.object(overlap, "TWO_LANES_S", (0.0, float("inf"))):
+        passes = check_lanes(leaves, step)
+    assert passes == 20 or overlap_degree == 0, "of degree 0, a rank may have one call"
 
 
 @pytest.mark.parametrize("overlap_degree", [0, 1])
