@@ -309,10 +309,10 @@ class _CPAttentionWithSink(torch.autograd.Function):
         ctx: Any, q: Tensor, k: Tensor, v: Tensor, sink: Tensor | None, call: _Call, return_lse: bool
     ) -> tuple[Tensor, Tensor]:
         k, v = k.contiguous(), v.contiguous()
-        # Rows that no call has are padding, and the merge makes them 0.
         padded = call.real_tokens < call.local_tokens
-        new = torch.zeros_like if padded and call.sink_backend is not None else torch.empty_like
-        out = new(q, memory_format=torch.contiguous_format)
+        left = sink if call.sink_backend is None else None  # to be added by the merge
+        # Rows that no call has are padding. A merge that adds the sink makes them 0.
+        out = (torch.zeros_like if padded and left is None else torch.empty_like)(q, memory_format=torch.contiguous_format)
         own: list[Partial] = []  # of calls that write their rows of out themselves, each row of one of them
         others: list[Partial] = []
         kernel_sink = None if call.sink_backend is None else sink
@@ -329,11 +329,8 @@ class _CPAttentionWithSink(torch.autograd.Function):
                         others = [_fold(others)]
                     (own if kernel.first else others).append(partial)
         own_keys = _together(own, q, out)
-        if call.sink_backend is None:
-            out, lse = merge([own_keys, *others], sink, out=out)
-        else:
-            out, lse = own_keys.out, own_keys.lse
-            _merge_where_seen(others, out, lse)
+        out, lse = own_keys.out, own_keys.lse
+        _merge_in_place(others, left, out, lse)
         ctx.save_for_backward(q, k, v, sink, out, lse)
         if padded:  # the padding's lse, the sink alone, must not reach a loss on lse
             lse = lse.masked_fill(call.padding(q.device), 0.0)
@@ -465,11 +462,23 @@ def _together(partials: Sequence[Partial], q: Tensor, out: Tensor) -> Partial:
     return Partial(out, lse)
 
 
-def _merge_where_seen(others: Sequence[Partial], out: Tensor, lse: Tensor) -> None:
-    """Merge what other keys give into the rows of out and lse that see them, in place."""
-    for (start, stop), which in _clusters([(partial.start, partial.start + partial.out.shape[0]) for partial in others]):
+def _merge_in_place(others: Sequence[Partial], sink: Tensor | None, out: Tensor, lse: Tensor) -> None:
+    """Merge what other keys give into the rows of out and lse that see them, and the sink, if there is one, into all."""
+
+    def run(start: int, stop: int, which: Sequence[int]) -> None:
         here = Partial(out[start:stop], lse[:, start:stop])
-        merge([here, *_moved([others[i] for i in which], start)], out=here.out)
+        row_sink = sink[start:stop] if sink is not None and sink.dim() == 3 else sink
+        merge([here, *_moved([others[i] for i in which], start)], row_sink, out=here.out)
+
+    # Apart, as a merge of several partial results takes longer also for the rows that have but one.
+    done = 0
+    for (start, stop), which in _clusters([(partial.start, partial.start + partial.out.shape[0]) for partial in others]):
+        if sink is not None and done < start:
+            run(done, start, [])
+        run(start, stop, which)
+        done = stop
+    if sink is not None and done < out.shape[0]:
+        run(done, out.shape[0], [])
 
 
 def _fold(partials: Sequence[Partial]) -> Partial:
