@@ -17,7 +17,6 @@ from magi_sink_cp.dist.schedule import (
     HeadStart,
     KernelCall,
     Schedule,
-    build_routed_schedule,
     build_schedule,
     visible_pairs,
 )
@@ -160,7 +159,9 @@ def test_routes_fill_every_place_once(data, lengths, cp_size, window_size, head_
     """Where each rank writes in its peers' buffers, from what it knows itself."""
     documents, overlap_degree = documents_of(lengths), data.draw(degrees(cp_size))
     layout = LAYOUTS[name](sum(lengths), cp_size, documents)
-    routed = [build_routed_schedule(layout, documents, window_size, rank, overlap_degree, head_start) for rank in range(cp_size)]
+    routed = [
+        build_schedule(layout, documents, window_size, rank, overlap_degree, head_start, routed=True) for rank in range(cp_size)
+    ]
     for number, stage in enumerate(routed[0].stages):
         for way in () if stage.local else ("cast", "reduce"):
             exchanges = [getattr(schedule.stages[number], way) for schedule in routed]

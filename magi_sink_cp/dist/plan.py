@@ -24,7 +24,6 @@ from magi_sink_cp.dist.schedule import (
     HeadStart,
     Schedule,
     Window,
-    build_routed_schedule,
     build_schedule,
     typical_share,
     visible_pairs,
@@ -223,8 +222,9 @@ class CPPlan:
             layout = [union([(lo + at, hi + at) for at in starts for lo, hi in ranges]) for ranges in self.layout]
             documents = [(lo + at, hi + at) for at in starts for lo, hi in self.documents]
             routed = self.transport is not None and self.transport.needs_route
-            build = build_routed_schedule if routed else build_schedule
-            self._schedules[key] = build(layout, documents, window_size, self.rank, overlap_degree, head_start, large_rows)
+            self._schedules[key] = build_schedule(
+                layout, documents, window_size, self.rank, overlap_degree, head_start, large_rows, routed
+            )
         return self._schedules[key]
 
     def overlap(

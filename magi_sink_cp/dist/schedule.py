@@ -110,7 +110,7 @@ class Route:
 class Exchange:
     """What a rank sends and receives at once. Between two ranks the messages stand in one order at both ends.
 
-    ``route`` is None unless :func:`build_routed_schedule` has set it, for the transports that need it.
+    ``route`` is None unless :func:`build_schedule` was asked for it, for the transports that need it.
     """
 
     name: str
@@ -187,6 +187,7 @@ def build_schedule(
     overlap_degree: int,
     head_start: HeadStart | None = None,
     large_rows: int | None = None,
+    routed: bool = False,
 ) -> Schedule:
     """The schedule of ``rank``.
 
@@ -198,8 +199,14 @@ def build_schedule(
         head_start: for overlap_degree 0.
         large_rows: neighbouring segments of so many rows are kernel calls of their own, as dense calls are faster than packed ones
             (FlashAttention-4's by a sixth under a window of 128).
+        routed: with the routes of its exchanges, for which the schedules of all ranks are built.
     """
-    return Schedule(tuple(_Sequence(layout, documents, window_size, large_rows).stages(rank, overlap_degree, head_start)))
+    sequence = _Sequence(layout, documents, window_size, large_rows)
+
+    def of(which: int) -> Schedule:
+        return Schedule(tuple(sequence.stages(which, overlap_degree, head_start)))
+
+    return _add_routes([of(other) for other in range(len(layout))], rank) if routed else of(rank)
 
 
 @dataclass(frozen=True)
@@ -226,21 +233,6 @@ def typical_share(layout: Sequence[RankRanges], documents: Sequence[Range], wind
         sum(share.remote_rows for share in shares) // len(shares),
         min(share.alone_pairs for share in shares),
     )
-
-
-def build_routed_schedule(
-    layout: Sequence[RankRanges],
-    documents: Sequence[Range],
-    window_size: Window,
-    rank: int,
-    overlap_degree: int,
-    head_start: HeadStart | None = None,
-    large_rows: int | None = None,
-) -> Schedule:
-    """:func:`build_schedule` with the routes of its exchanges, for which it builds the schedules of all ranks."""
-    sequence = _Sequence(layout, documents, window_size, large_rows)
-    schedules = [Schedule(tuple(sequence.stages(other, overlap_degree, head_start))) for other in range(len(layout))]
-    return _add_routes(schedules, rank)
 
 
 def _add_routes(schedules: Sequence[Schedule], rank: int) -> Schedule:
