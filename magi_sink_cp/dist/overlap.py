@@ -14,7 +14,7 @@ more, and the sum of two dq. Seconds beyond the computation itself, per rank:
     backward, 0:       what of travel is longer than rows that see own keys alone take + link(all remote keys) + calls · CALL
     backward, n:       as forward, with 16 bytes and 2 · link, + link(keys of the last stage)
 
-and SLOWER · the computation: FlashAttention-3 takes longer for two forward calls than for one. With ``ranges`` token ranges a rank,
+and STAGES_SLOWER · the computation for n: FlashAttention-3 takes longer for two forward calls. With ``ranges`` token ranges a rank,
 0 makes as many kernel calls, or twice as many where documents end within them, as it computes rows with and without remote keys
 apart; n makes one for the own keys and half as many as ranges for each stage. Segments of large_rows are more calls in forward, but
 in all degrees alike, and too long for their ends to matter.
@@ -45,8 +45,8 @@ CALL_S, CALL_ON_TWO_LANES_S = 20e-6, 5e-6
 # Bytes for each element of q that one more partial result costs, and FLOP for each visible pair, head and dimension.
 PARTIAL_BYTES = {"forward": 2, "backward": 16}
 PAIR_FLOPS = {"forward": 4, "backward": 10}
-# What degree 0, and what any other, adds to the computation of rows that see remote keys, as a part of it.
-SLOWER = {"forward": (0.0, 0.045), "backward": (0.0, 0.0)}
+# What stages add to the computation of rows that see remote keys, as a part of it.
+STAGES_SLOWER = {"forward": 0.045, "backward": 0.0}
 # What a forward that adds the sink takes longer than FlashAttention-3's.
 SINK_KERNEL_SLOWER = 0.045
 # Processors, and the query rows of one head that the attention kernels give one of them at a time.
@@ -140,7 +140,6 @@ def cost_s(work: Work, cp_size: int, degree: int, link: str, way: str, sink_in_k
     def link_s(tokens: float) -> float:
         return LATENCY_S + tokens * token_bytes / LINK[link]
 
-    slower = SLOWER[way][min(degree, 1)] * work.remote_rows / max(1, work.rows)
     computation = _computation_s(work, way)
     call_s = CALL_ON_TWO_LANES_S if _two_lanes(work, way) else CALL_S
     if degree == 0:
@@ -148,9 +147,9 @@ def cost_s(work: Work, cp_size: int, degree: int, link: str, way: str, sink_in_k
         travel = link_s(work.remote_keys) + 2 * work.rows * token_bytes / MEMORY
         alone = computation * work.alone_pairs / max(1, work.pairs)
         if way == "backward":
-            return max(0.0, travel - alone) + link_s(work.remote_keys) + slower * computation + calls * call_s
+            return max(0.0, travel - alone) + link_s(work.remote_keys) + calls * call_s
         # A head start has a quarter of the rows at most, and their own keys, 1 of cp_size parts of all.
-        return max(0.0, travel - max(alone, computation / (4 * cp_size))) + slower * computation + (calls + 2) * call_s
+        return max(0.0, travel - max(alone, computation / (4 * cp_size))) + (calls + 2) * call_s
     later = degree * max(1, work.ranges // 2)
     partial = PARTIAL_BYTES[way] * work.remote_rows * work.heads * work.head_dim / MEMORY
     transfer = link_s(work.remote_keys / degree)
@@ -158,7 +157,8 @@ def cost_s(work: Work, cp_size: int, degree: int, link: str, way: str, sink_in_k
     merged = degree * partial + later * call_s
     if way == "forward" and sink_in_kernel:  # else the merge that adds the sink reads and writes these rows, and lse, anyway
         merged += 2 * partial + later * call_s + 16 * work.rows * work.heads / MEMORY
-    return merged + degree * exposed + slower * computation + (trips - 1) * transfer + call_s
+    slower = STAGES_SLOWER[way] * work.remote_rows / max(1, work.rows) * computation
+    return merged + degree * exposed + slower + (trips - 1) * transfer + call_s
 
 
 def buffer_tokens(work: Work, degree: int) -> float:

@@ -377,8 +377,8 @@ def connect(group: ProcessGroup) -> SymmetricMemory | str:
         if len({record["host"] for record in records}) > 1:
             return "its ranks are on different hosts"
         assert streams is not None, "there was no reason against it"
-        missing = [f"cp rank {rank}: {record['nvlink']}" for rank, record in enumerate(records) if record["nvlink"]]
-        return SymmetricMemory(dist.get_rank(group), dist.get_world_size(group), streams, missing[0] if missing else None)
+        missing = (f"cp rank {rank}: {record['nvlink']}" for rank, record in enumerate(records) if record["nvlink"])
+        return SymmetricMemory(dist.get_rank(group), dist.get_world_size(group), streams, next(missing, None))
     except NotUsableError as error:
         return str(error)
 
