@@ -310,12 +310,11 @@ class _CPAttentionWithSink(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor]:
         k, v = k.contiguous(), v.contiguous()
         padded = call.real_tokens < call.local_tokens
-        left = sink if call.sink_backend is None else None  # to be added by the merge
+        kernel_sink, merge_sink = (None, sink) if call.sink_backend is None else (sink, None)
         # Rows that no call has are padding. A merge that adds the sink makes them 0.
-        out = (torch.zeros_like if padded and left is None else torch.empty_like)(q, memory_format=torch.contiguous_format)
+        out = (torch.zeros_like if padded and merge_sink is None else torch.empty_like)(q, memory_format=torch.contiguous_format)
         own: list[Partial] = []  # of calls that write their rows of out themselves, each row of one of them
         others: list[Partial] = []
-        kernel_sink = None if call.sink_backend is None else sink
         exact_lse = return_lse or call.merges  # what is merged must be finite
         with _Flight(call) as flight, call.lanes(False, q.device) as lanes:
             for stage, k_stage, v_stage in _stages(k, v, call.schedule.stages, flight, lanes):
@@ -330,7 +329,7 @@ class _CPAttentionWithSink(torch.autograd.Function):
                     (own if kernel.first else others).append(partial)
         own_keys = _together(own, q, out)
         out, lse = own_keys.out, own_keys.lse
-        _merge_in_place(others, left, out, lse)
+        _merge_in_place(others, merge_sink, out, lse)
         ctx.save_for_backward(q, k, v, sink, out, lse)
         if padded:  # the padding's lse, the sink alone, must not reach a loss on lse
             lse = lse.masked_fill(call.padding(q.device), 0.0)
@@ -450,35 +449,45 @@ def _together(partials: Sequence[Partial], q: Tensor, out: Tensor) -> Partial:
     first = partials[0]
     if len(partials) == 1 and first.out.shape[0] == q.shape[0]:
         return first
-    ends = [(partial.start, partial.start + partial.out.shape[0]) for partial in partials]
-    for partial, (start, stop) in zip(partials, ends, strict=True):
+    spans = [_span(partial) for partial in partials]
+    for partial, (start, stop) in zip(partials, spans, strict=True):
         if partial.out.data_ptr() != out[start:stop].data_ptr():
             out[start:stop] = partial.out
-    if [0, *(stop for _, stop in ends)] == [*(start for start, _ in ends), q.shape[0]]:
+    if [0, *(stop for _, stop in spans)] == [*(start for start, _ in spans), q.shape[0]]:
         return Partial(out, torch.cat([partial.lse for partial in partials], dim=1))
     lse = first.lse.new_full((q.shape[1], q.shape[0]), float("-inf"))
-    for partial, (start, stop) in zip(partials, ends, strict=True):
+    for partial, (start, stop) in zip(partials, spans, strict=True):
         lse[:, start:stop] = partial.lse
     return Partial(out, lse)
+
+
+def _span(partial: Partial) -> Range:
+    """The rows that the partial has."""
+    return partial.start, partial.start + partial.out.shape[0]
 
 
 def _merge_in_place(others: Sequence[Partial], sink: Tensor | None, out: Tensor, lse: Tensor) -> None:
     """Merge what other keys give into the rows of out and lse that see them, and the sink, if there is one, into all."""
 
-    def run(start: int, stop: int, which: Sequence[int]) -> None:
+    def merge_rows(start: int, stop: int, which: Sequence[int]) -> None:
         here = Partial(out[start:stop], lse[:, start:stop])
-        row_sink = sink[start:stop] if sink is not None and sink.dim() == 3 else sink
-        merge([here, *_moved([others[i] for i in which], start)], row_sink, out=here.out)
+        sink_here = None if sink is None else _sink_of(sink, slice(start, stop))
+        merge([here, *_moved([others[i] for i in which], start)], sink_here, out=here.out)
 
     # Apart, as a merge of several partial results takes longer also for the rows that have but one.
     done = 0
-    for (start, stop), which in _clusters([(partial.start, partial.start + partial.out.shape[0]) for partial in others]):
+    for (start, stop), which in _clusters([_span(partial) for partial in others]):
         if sink is not None and done < start:
-            run(done, start, [])
-        run(start, stop, which)
+            merge_rows(done, start, [])
+        merge_rows(start, stop, which)
         done = stop
     if sink is not None and done < out.shape[0]:
-        run(done, out.shape[0], [])
+        merge_rows(done, out.shape[0], [])
+
+
+def _sink_of(sink: Tensor, rows: slice) -> Tensor:
+    """The sink of these rows: "sh" is that of all, "ssh" has one for each."""
+    return sink if sink.dim() == 2 else sink[rows]
 
 
 def _fold(partials: Sequence[Partial]) -> Partial:
@@ -604,10 +613,7 @@ class _GradientSum:
         if first.tensor.dtype == dtype and (first.start, first.stop, first.tensor.shape[0]) == (0, rows, rows):
             for (start, stop), which in _clusters([(term.start, term.stop) for term in others]):
                 here = first.tensor[start:stop]
-                moved = (
-                    dataclasses.replace(term, start=term.start - start, stop=term.stop - start)
-                    for term in map(others.__getitem__, which)
-                )
+                moved = [Term(t.tensor, t.first, t.start - start, t.stop - start) for t in (others[i] for i in which)]
                 accumulate([Term(here, 0, 0, stop - start), *moved], here)
             return first.tensor
         out = torch.empty_like(self._like, dtype=dtype)
@@ -626,8 +632,7 @@ class _SinkGradient:
 
     def add(self, delta: RowDelta | None, out: Tensor, dout: Tensor, dlse: Tensor | None, rows: slice) -> None:
         """Add what these rows contribute."""
-        sink = self._sink if self._sink.dim() == 2 else self._sink[rows]
-        self._parts.append((rows, sink_gradient(sink, self._lse[:, rows], delta, out, dout, dlse)))
+        self._parts.append((rows, sink_gradient(_sink_of(self._sink, rows), self._lse[:, rows], delta, out, dout, dlse)))
 
     def reduce(self) -> None:
         """Every row has been added: start the reduction over the ranks, if one was asked for."""
