@@ -7,6 +7,7 @@ are those of the slowest rank of each round. Ours runs on the kernels that backe
 from __future__ import annotations
 
 import argparse
+import collections
 import csv
 import functools
 import importlib
@@ -219,16 +220,13 @@ def describe(row: Row) -> str | None:
 
 
 def exposed_rows(args: argparse.Namespace, tokens: int) -> list[Row]:
-    """How long the stream of the kernels stands still within a forward and backward, in percent of it.
+    """How long no kernel of attention's computation runs within a forward and backward, in percent of it.
 
     The slower GPU waits for the transfers alone; the faster one waits for the slower one too.
     """
     plan = make_cp_plan(tokens, group=dist.group.WORLD)
     events = profiled_step(plan)
-    stream = max({e["stream"] for e in events}, key=lambda s: sum(e["us"] for e in events if e["stream"] == s and e["compute"]))
-    busy = sorted((e["start"], e["start"] + e["us"]) for e in events if e["stream"] == stream and e["compute"])
-    span = busy[-1][1]  # from where all ranks are ready on
-    idle = busy[0][0] + sum(max(0.0, later[0] - earlier[1]) for earlier, later in itertools.pairwise(busy))
+    idle, span = standstill([(e["start"], e["start"] + e["us"]) for e in events if e["lane"] != "copies"])
     figures = torch.zeros(dist.get_world_size(), 2, device="cuda", dtype=torch.float64)
     figures[dist.get_rank()] = torch.tensor([idle, span])
     dist.all_reduce(figures)
@@ -244,10 +242,19 @@ def exposed_rows(args: argparse.Namespace, tokens: int) -> list[Row]:
     ]
     if tokens == TRACED_TOKENS:
         gathered: list[Any] = [None] * dist.get_world_size()
-        dist.all_gather_object(gathered, [{**e, "kernels": e["stream"] == stream and e["compute"]} for e in events])
+        dist.all_gather_object(gathered, events)
         if dist.get_rank() == 0:
             write_trace(args.out / "dist_trace.csv", gathered)
     return rows
+
+
+def standstill(busy: list[tuple[float, float]]) -> tuple[float, float]:
+    """How much of [0, last end) none of the intervals covers, and that end."""
+    end = idle = 0.0
+    for begin, stop in sorted(busy):
+        idle += max(0.0, begin - end)
+        end = max(end, stop)
+    return idle, end
 
 
 def write_trace(path: Path, events_of_ranks: list[list[dict[str, Any]]]) -> None:
@@ -259,13 +266,15 @@ def write_trace(path: Path, events_of_ranks: list[list[dict[str, Any]]]) -> None
         for rank, events in enumerate(events_of_ranks):
             for e in sorted(events, key=lambda e: e["start"]):
                 if e["us"] >= 5:
-                    writer.writerow(
-                        [rank, "kernels" if e["kernels"] else "copies", e["name"], f"{e['start']:.1f}", f"{e['us']:.1f}"]
-                    )
+                    writer.writerow([rank, e["lane"], e["name"], f"{e['start']:.1f}", f"{e['us']:.1f}"])
 
 
 def profiled_step(plan: CPPlan) -> list[dict[str, Any]]:
-    """What the GPU did in one forward and backward, enqueued whole before it starts, so that the host cannot hold it up."""
+    """What the GPU did in one forward and backward, enqueued whole before it starts, so that the host cannot hold it up.
+
+    Times in µs from where all ranks are ready. The lanes: "kernels" and, where a pass uses a second stream, "kernels beside" of the
+    computation; "copies", whatever carries them out.
+    """
     q, k, v, dout, sink = draw((plan.local_tokens,), 128)
 
     def step() -> Any:
@@ -285,19 +294,27 @@ def profiled_step(plan: CPPlan) -> list[dict[str, Any]]:
     assert profile.profiler.kineto_results is not None
     events = [e for e in profile.profiler.kineto_results.events() if e.device_type() == DeviceType.CUDA and e.duration_ns() > 0]
     ready = max(e.start_ns() + e.duration_ns() for e in events if "AllReduce" in e.name())
+    events = [e for e in events if e.start_ns() >= ready and not e.name().startswith("nccl:")]
+    computed: collections.Counter[int] = collections.Counter()  # ns on each stream
+    for e in events:
+        computed[e.device_resource_id()] += 0 if is_copy(e.name()) else e.duration_ns()
+    [(calling, _)] = computed.most_common(1)
     return [
         {
             "name": kernel_kind(e.name())
             if "cutlass" in e.name()
             else e.name().replace("void ", "").split("<")[0].split("(")[0][:40],
-            "stream": e.device_resource_id(),
             "start": (e.start_ns() - ready) / 1e3,
             "us": e.duration_ns() / 1e3,
-            "compute": not e.name().startswith("Memcpy PtoP") and "nccl" not in e.name(),
+            "lane": "copies" if is_copy(e.name()) else "kernels" if e.device_resource_id() == calling else "kernels beside",
         }
         for e in events
-        if e.start_ns() >= ready and not e.name().startswith("nccl:")
     ]
+
+
+def is_copy(name: str) -> bool:
+    """Whether an event of the profiler moves data rather than computing."""
+    return name.startswith("Memcpy") or "nccl" in name
 
 
 def memory_rows(tokens: int) -> list[Row]:

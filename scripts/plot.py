@@ -118,7 +118,7 @@ def draw_dist(rows: list[dict[str, str]]) -> Any:
 def draw_trace(rows: list[dict[str, str]]) -> Any:
     """One forward and backward at 32k tokens: what each rank's GPU computes, and what its copy engines move, when."""
     colors = {"Fwd": BLUE, "BwdSm90": ORANGE, "_merge": GREEN, "Memcpy": "#b07aa1"}
-    lanes = sorted({(r["rank"], r["lane"]) for r in rows}, key=lambda lane: (lane[0], lane[1] == "copies"))
+    lanes = sorted({(r["rank"], r["lane"]) for r in rows}, key=lambda lane: (lane[0], lane[1] == "copies", lane[1]))
     figure, axes = plt.subplots(2, 1, figsize=(11, 5))
     ends = [float(r["start_us"]) + float(r["duration_us"]) for r in rows]
     turn = min(float(r["start_us"]) for r in rows if "Bwd" in r["name"])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import csv
+import importlib
 import re
 import shutil
 import subprocess
@@ -175,6 +176,12 @@ def test_training_on_the_users_own_text(tmp_path):
     missing = train(tmp_path / "out", "--data", str(tmp_path / "nowhere"), ranks=1)
     assert missing.returncode == 2
     assert "nowhere does not exist" in missing.stderr
+
+
+def test_a_standstill_is_where_no_stream_computes(monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / "scripts"))
+    standstill = importlib.import_module("bench_dist").standstill
+    assert standstill([(5.0, 6.0), (1.0, 4.0), (2.0, 3.0), (3.5, 4.5)]) == (1.5, 6.0)
 
 
 def test_benchmarks_refuse_to_time_another_device(tmp_path):
