@@ -6,6 +6,8 @@ import pytest
 import torch
 from hypothesis import settings
 
+from tests.dist.ranks import RANKS_PER_GPU, gpu_ranks
+
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # read when the kernels are decorated, so before magi_sink_cp is imported
 
@@ -21,6 +23,11 @@ torch.set_num_threads(1)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         marker = item.get_closest_marker("gpu")
-        needed = marker.kwargs.get("count", 1) if marker else 0
-        if torch.cuda.device_count() < needed:
-            item.add_marker(pytest.mark.skip(reason=f"needs {needed} CUDA GPU(s), this machine has {torch.cuda.device_count()}"))
+        if marker is None:
+            continue
+        gpus, ranks = marker.kwargs.get("count", 1), marker.kwargs.get("ranks", 1)
+        if torch.cuda.device_count() < gpus:
+            item.add_marker(pytest.mark.skip(reason=f"needs {gpus} CUDA GPU(s), this machine has {torch.cuda.device_count()}"))
+        elif gpu_ranks() < ranks:
+            there = f"{torch.cuda.device_count()}, and RANKS_PER_GPU={RANKS_PER_GPU} lets so many share one"
+            item.add_marker(pytest.mark.skip(reason=f"needs CUDA GPUs for {ranks} ranks, this machine has {there}"))

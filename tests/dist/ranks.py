@@ -1,6 +1,9 @@
 """Run a test body on n ranks: in a pool of spawned processes under plain pytest, or on torchrun's own ranks.
 
 A body is a module-level function ``body(group, device, **arguments)``; its assertions count on every rank.
+
+``RANKS_PER_GPU=4`` in the environment lets ranks share a GPU, so that one GPU can run the tests of several. NCCL then goes through
+sockets and copies stay in one GPU's memory: such a run proves results and order, and nothing of speed.
 """
 
 from __future__ import annotations
@@ -18,12 +21,29 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
-TIMEOUT_S = 40
+TIMEOUT_S = 40  # of a collective
+BODY_TIMEOUT_S = 240
 MAX_RANKS = 4
+RANKS_PER_GPU = int(os.environ.get("RANKS_PER_GPU", "1"))
 
 
 def under_torchrun() -> bool:
     return "TORCHELASTIC_RUN_ID" in os.environ
+
+
+def gpu_ranks() -> int:
+    """For how many ranks there are GPUs."""
+    return torch.cuda.device_count() * RANKS_PER_GPU
+
+
+def take_gpu(rank: int) -> torch.device:
+    """The rank's GPU, which becomes the current one. To be called before NCCL's first communicator."""
+    count = torch.cuda.device_count()
+    if RANKS_PER_GPU > 1:
+        os.environ["NCCL_HOSTID"] = f"ranks {rank // count}"  # NCCL refuses two ranks on one GPU of one host
+        os.environ["TORCH_SYMM_MEM_ALLOW_OVERLAPPING_DEVICES"] = "1"
+    torch.cuda.set_device(rank % count)
+    return torch.device("cuda", rank % count)
 
 
 class _Member:
@@ -33,11 +53,7 @@ class _Member:
         timeout = datetime.timedelta(seconds=TIMEOUT_S)
         dist.init_process_group("nccl" if device_type == "cuda" else "gloo", timeout=timeout, **init)
         self.rank, self.world_size = dist.get_rank(), dist.get_world_size()
-        if device_type == "cuda":
-            torch.cuda.set_device(self.rank)
-            self.device = torch.device("cuda", self.rank)
-        else:
-            self.device = torch.device("cpu")
+        self.device = take_gpu(self.rank) if device_type == "cuda" else torch.device("cpu")
         self.groups = {n: dist.new_group(list(range(n)), timeout=timeout) for n in range(1, self.world_size + 1)}
 
     def run(self, num_ranks: int, body: Callable[..., Any], arguments: dict[str, Any]) -> Any:
@@ -77,7 +93,7 @@ class _Pool:
         for rank, connection in enumerate(self.connections[:num_ranks]):
             # A rank that failed leaves the others waiting in a collective: do not wait for their timeout too.
             failed = any(not ok for ok, _ in answers)
-            if connection.poll(5 if failed else 2 * TIMEOUT_S):
+            if connection.poll(5 if failed else BODY_TIMEOUT_S):
                 answers.append(connection.recv())
             else:
                 answers.append((False, f"rank {rank} did not answer"))
@@ -109,5 +125,5 @@ def run_on_ranks(num_ranks: int, body: Callable[..., Any], device_type: str = "c
             pytest.skip(f"needs {num_ranks} ranks, and torchrun started {member.world_size}")
         return [member.run(num_ranks, body, arguments)]
     if device_type not in _pools:
-        _pools[device_type] = _Pool(device_type, torch.cuda.device_count() if device_type == "cuda" else MAX_RANKS)
+        _pools[device_type] = _Pool(device_type, gpu_ranks() if device_type == "cuda" else MAX_RANKS)
     return _pools[device_type].run(num_ranks, body, arguments)

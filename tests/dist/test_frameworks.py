@@ -20,7 +20,7 @@ CU_SEQLENS = [0, 50, 72]
 # Half of the rounding of bf16 kernels may differ where they see keys in another order.
 TOLERANCE = {"cpu": 1e-5, "cuda": 2e-2}
 
-devices = pytest.mark.parametrize("device_type", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu(count=2))])
+devices = pytest.mark.parametrize("device_type", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu(ranks=2))])
 
 
 class Block(nn.Module):
@@ -163,7 +163,7 @@ def body_steps(group, device, *, overlap_degree) -> None:
     assert min(objects[2:]) - max(objects[:2]) < 100, f"Python objects pile up: {objects}"
 
 
-@pytest.mark.gpu(count=2)
+@pytest.mark.gpu(ranks=2)
 @pytest.mark.parametrize("transport", ["nccl", "symm_mem"])
 @pytest.mark.parametrize("overlap_degree", [0, 1])
 def test_two_streams(transport, overlap_degree):

@@ -1,4 +1,4 @@
-"""Two or more GPUs: cp_attention_with_sink against the fp64 reference, within twice the plain kernel's own error."""
+"""Two or more ranks on GPUs: cp_attention_with_sink against the fp64 reference, within twice the plain kernel's own error."""
 
 from __future__ import annotations
 
@@ -8,14 +8,14 @@ import pytest
 import torch
 
 from magi_sink_cp import attention_with_sink, backends, cp_attention_with_sink, make_cp_plan
-from magi_sink_cp.dist import overlap
+from magi_sink_cp.dist import driver, overlap
 from magi_sink_cp.kernels.fa4 import Fa4Backend
 from tests.dist.ranks import run_on_ranks
 from tests.dist.test_cp_attention import LENGTHS, body_random, cp_results
 from tests.helpers import Case, assert_within_plain, errors, make_case, run, truth
 from tests.test_gpu_lanes import check_graph, check_lanes
 
-pytestmark = pytest.mark.gpu(count=2)
+pytestmark = pytest.mark.gpu(ranks=2)
 
 TRANSPORTS = ("nccl", "symm_mem")
 
@@ -96,11 +96,13 @@ def near_one_device(case, result) -> None:
         assert error <= 2 * max(one[name], floor), f"{name}: {error:.3g} over two GPUs, {one[name]:.3g} on one"
 
 
+@pytest.mark.parametrize("num_ranks", [2, *(pytest.param(n, marks=pytest.mark.gpu(ranks=n)) for n in (3, 4))])
 @pytest.mark.parametrize("transport", TRANSPORTS)
-@pytest.mark.parametrize("first_seed", range(0, 200, 50))
-def test_random_cases(transport, first_seed):
-    seeds = range(first_seed, first_seed + 50)
-    run_on_ranks(2, body_random, "cuda", seeds=seeds, dtype=torch.bfloat16, check=near_one_device, longest=600, transport=transport)
+@pytest.mark.parametrize("first_seed", range(0, 200, 25))
+def test_random_cases(transport, first_seed, num_ranks):
+    seeds = range(first_seed, first_seed + 25)
+    arguments = {"dtype": torch.bfloat16, "check": near_one_device, "longest": 600, "transport": transport}
+    run_on_ranks(num_ranks, body_random, "cuda", seeds=seeds, **arguments)
 
 
 @pytest.mark.parametrize("overlap_degree", [0, 1])
@@ -133,12 +135,12 @@ def body_same_bits(group, device) -> None:
             assert torch.equal(value, other[name]), f"{name} differs between transports at degree {degree}"
 
 
-def test_auto_takes_symmetric_memory_in_one_host():
+def test_auto_takes_symmetric_memory_over_nvlink():
     run_on_ranks(2, body_auto, "cuda")
 
 
 def body_auto(group, device) -> None:
-    assert make_cp_plan(128, group=group).transport.name == "symm_mem"
+    assert make_cp_plan(128, group=group).transport.name == ("nccl" if driver.missing_nvlink() else "symm_mem")
     plan = make_cp_plan(128, group=group, transport="nccl")
     assert plan.transport.name == "nccl"
     with pytest.raises(ValueError, match="transport='gloo' needs a group with that backend for its device"):
