@@ -19,6 +19,7 @@ import math
 import os
 import socket
 import threading
+import uuid
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -32,6 +33,7 @@ from torch.distributed import ProcessGroup
 
 from magi_sink_cp.dist import driver
 from magi_sink_cp.dist.agreement import GroupRef, collect
+from magi_sink_cp.dist.rendezvous import rendezvous
 from magi_sink_cp.dist.schedule import Exchange
 from magi_sink_cp.dist.transport import Own, Transfer, Transport
 from magi_sink_cp.dist.watchdog import watch
@@ -295,12 +297,13 @@ class _Cuda:
             torch.cuda.synchronize(self._device)
         except Exception as error:  # whatever the driver or torch says, it is the reason
             reason = f"{num_bytes} bytes of symmetric memory: {type(error).__name__}: {error}"[:400]
-        _raise_first_reason(collect({"reason": reason}, group, "symmetric memory"))
+        records = collect({"reason": reason, "name": f"magi_sink_cp {uuid.uuid4()}"}, group, "symmetric memory")
+        _raise_first_reason(records)
         offset = 0
         try:
             assert buffer is not None, "there was no reason against it"
             with _without_multicast():
-                handle = symm_mem.rendezvous(buffer, group)
+                handle = rendezvous(buffer, group, records[0]["name"])
             offset = buffer.data_ptr() - handle.buffer_ptrs[rank]  # torch may have put it into a larger block
         except Exception as error:
             reason = f"mapping symmetric memory of the other ranks: {type(error).__name__}: {error}"[:400]

@@ -6,6 +6,7 @@ from unittest import mock
 
 import pytest
 import torch
+import torch.distributed._symmetric_memory as symm_mem
 
 from magi_sink_cp import attention_with_sink, backends, cp_attention_with_sink, make_cp_plan
 from magi_sink_cp.dist import driver, overlap
@@ -145,6 +146,21 @@ def body_auto(group, device) -> None:
     assert plan.transport.name == "nccl"
     with pytest.raises(ValueError, match="transport='gloo' needs a group with that backend for its device"):
         make_cp_plan(128, group=group, transport="gloo")
+
+
+def test_groups_that_overlap():
+    """The first rank maps memory in which the second has no part, and then both of them do."""
+    run_on_ranks(1, body_mapping_alone, "cuda")
+    run_on_ranks(2, body_mapping_together, "cuda")
+
+
+def body_mapping_alone(group, device) -> None:
+    symm_mem.rendezvous(symm_mem.empty(1 << 20, dtype=torch.uint8, device=device), group)
+
+
+def body_mapping_together(group, device) -> None:
+    transport = make_cp_plan(256, group=group, transport="symm_mem").transport
+    assert len(transport._streams.allocate(1 << 20).addresses) == 2
 
 
 def test_a_graph_cannot_hold_counted_transfers():

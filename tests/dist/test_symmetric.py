@@ -14,6 +14,7 @@ from magi_sink_cp import cp_attention_with_sink, make_cp_plan
 from magi_sink_cp.dist import attention as cp_module
 from magi_sink_cp.dist import plan as plan_module
 from magi_sink_cp.dist import symmetric as symmetric_module
+from magi_sink_cp.dist.rendezvous import CountingStore
 from magi_sink_cp.dist.symmetric import SymmetricMemory
 from magi_sink_cp.kernels.flash import NotUsableError
 from tests.dist.ranks import run_on_ranks
@@ -217,6 +218,24 @@ def body_out_of_step(group, device) -> None:
             make_cp_plan(32, group=group)
 
 
+def test_a_rendezvous_counts_its_own_keys():
+    run_on_ranks(3, body_counting)
+
+
+def body_counting(group, device) -> None:
+    """As torch's C++ does it: every rank sets its own value and waits for the others', under numbers that differ by rank."""
+    rank = dist.get_rank(group)
+    for name in ("first", "second"):
+        counting = CountingStore(dist.PrefixStore(name, dist.distributed_c10d._get_process_group_store(group)))
+        store = dist.PrefixStore("of C++", counting)  # which calls the methods of the Python class
+        for number in range(3):
+            keys = [f"CUDASymmetricMemory/{5 * rank + number}/{other}" for other in range(3)]
+            store.set(keys[rank], bytes([0, 255, number, rank]) + name.encode())
+            for other in range(3):
+                store.wait([keys[other]])
+                assert store.get(keys[other]) == bytes([0, 255, number, other]) + name.encode()
+
+
 @pytest.mark.parametrize("fault", [None, "no driver", "no stream", "no memory", "no mapping", "no NVLink", "another host"])
 def test_set_up_succeeds_on_every_rank_or_on_none(fault):
     run_on_ranks(3, body_set_up, fault=fault)
@@ -249,7 +268,7 @@ def body_set_up(group, device, *, fault) -> None:
         "torch.cuda.Stream": failing("no stream", SimpleNamespace(cuda_stream=5)),
         "torch.cuda.synchronize": lambda *_: None,
         "symm_mem.empty": failing("no memory", buffer),
-        "symm_mem.rendezvous": failing("no mapping", handle),
+        "rendezvous": failing("no mapping", handle),
         "dist.barrier": lambda *_, **__: None,
         "driver.missing_nvlink": lambda: "it has no NVLink" if here and fault == "no NVLink" else None,
         "_host": lambda: "elsewhere" if here and fault == "another host" else "here",

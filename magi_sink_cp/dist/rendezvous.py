@@ -1,0 +1,60 @@
+"""torch's rendezvous over symmetric memory, for ranks that have met others before.
+
+torch 2.11 to 2.13 at least number the keys under which ranks find each other by process, not by group (pytorch/pytorch#196082): if
+one of two ranks has mapped memory with a third in between, each waits for a key that the other never writes. Groups that overlap,
+or whose arenas grew more or less often, would be out of step for good. So torch gets a group of the same ranks whose store counts
+the keys of one rendezvous alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from datetime import timedelta
+from typing import Any
+
+import torch.distributed as dist
+import torch.distributed._symmetric_memory as symm_mem
+import torch.distributed.distributed_c10d as c10d
+from torch import Tensor
+from torch.distributed import ProcessGroup
+
+
+class CountingStore(dist.Store):
+    """Stores "name/rank" as "n/rank", if name is the n-th that this rank asks for: the ranks agree though their names differ."""
+
+    def __init__(self, store: dist.Store) -> None:
+        super().__init__()
+        self._store = store
+        self._numbers: dict[str, int] = {}
+
+    def _counted(self, key: str) -> str:
+        name, _, rank = key.rpartition("/")
+        return f"{self._numbers.setdefault(name, len(self._numbers))}/{rank}"
+
+    def set(self, key: str, value: Any) -> None:
+        self._store.set(self._counted(key), value)
+
+    def get(self, key: str) -> bytes:
+        return self._store.get(self._counted(key))
+
+    def wait(self, keys: Sequence[str], timeout: timedelta | None = None) -> None:
+        counted = [self._counted(key) for key in keys]
+        self._store.wait(counted) if timeout is None else self._store.wait(counted, timeout)
+
+
+def rendezvous(buffer: Tensor, group: ProcessGroup, name: str) -> symm_mem._SymmetricMemory:
+    """Map every rank's buffer, of symmetric memory, on all ranks of the group, each of which must call this.
+
+    ``name``: one that all of them give, and never twice.
+
+    Raises:
+        RuntimeError: a rank is missing, or torch cannot map its memory.
+    """
+    group_name: Any = name  # of a type of torch's own in some versions
+    store = CountingStore(dist.PrefixStore(name, c10d._get_process_group_store(group)))
+    stand_in = ProcessGroup(store, dist.get_rank(group), dist.get_world_size(group))
+    c10d._register_process_group(group_name, stand_in)
+    try:
+        return symm_mem.rendezvous(buffer, group_name)
+    finally:
+        c10d._unregister_process_group(group_name)
