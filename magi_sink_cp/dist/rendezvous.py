@@ -1,9 +1,9 @@
 """torch's rendezvous over symmetric memory, for ranks that have met others before.
 
-torch 2.11 to 2.13 at least number the keys under which ranks find each other by process, not by group (pytorch/pytorch#196082): if
-one of two ranks has mapped memory with a third in between, each waits for a key that the other never writes. Groups that overlap,
-or whose arenas grew more or less often, would be out of step for good. So torch gets a group of the same ranks whose store counts
-the keys of one rendezvous alone.
+torch 2.11 to 2.13 number the keys under which ranks find each other by process, not by group (pytorch/pytorch#196082): if one of two
+ranks has mapped memory with a third in between, each waits for a key that the other never writes. Groups that overlap, or whose
+arenas grew more or less often, would be out of step for good. So torch gets a group of the same ranks whose store counts the keys of
+one rendezvous alone. pytorch/pytorch#196350 is to mend this; where the oldest torch supported has it, this module may go.
 """
 
 from __future__ import annotations
@@ -20,7 +20,10 @@ from torch.distributed import ProcessGroup
 
 
 class CountingStore(dist.Store):
-    """Stores "name/rank" as "n/rank", if name is the n-th that this rank asks for: the ranks agree though their names differ."""
+    """Stores "name/key" as "n/key", if name is the n-th that this rank asks for: the ranks agree though their names differ.
+
+    It has what torch's exchange over a store uses: set, get and wait in 2.11 and 2.12, in 2.13 a barrier too, which adds.
+    """
 
     def __init__(self, store: dist.Store) -> None:
         super().__init__()
@@ -28,14 +31,17 @@ class CountingStore(dist.Store):
         self._numbers: dict[str, int] = {}
 
     def _counted(self, key: str) -> str:
-        name, _, rank = key.rpartition("/")
-        return f"{self._numbers.setdefault(name, len(self._numbers))}/{rank}"
+        name, _, rest = key.rpartition("/")
+        return f"{self._numbers.setdefault(name, len(self._numbers))}/{rest}"
 
     def set(self, key: str, value: Any) -> None:
         self._store.set(self._counted(key), value)
 
     def get(self, key: str) -> bytes:
         return self._store.get(self._counted(key))
+
+    def add(self, key: str, amount: int) -> int:
+        return self._store.add(self._counted(key), amount)
 
     def wait(self, keys: Sequence[str], timeout: timedelta | None = None) -> None:
         counted = [self._counted(key) for key in keys]

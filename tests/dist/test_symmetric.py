@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import time
+from datetime import timedelta
 from types import SimpleNamespace
 from unittest import mock
 
@@ -13,8 +15,8 @@ import torch.distributed as dist
 from magi_sink_cp import cp_attention_with_sink, make_cp_plan
 from magi_sink_cp.dist import attention as cp_module
 from magi_sink_cp.dist import plan as plan_module
+from magi_sink_cp.dist import rendezvous as rendezvous_module
 from magi_sink_cp.dist import symmetric as symmetric_module
-from magi_sink_cp.dist.rendezvous import CountingStore
 from magi_sink_cp.dist.symmetric import SymmetricMemory
 from magi_sink_cp.kernels.flash import NotUsableError
 from tests.dist.ranks import run_on_ranks
@@ -219,21 +221,41 @@ def body_out_of_step(group, device) -> None:
 
 
 def test_a_rendezvous_counts_its_own_keys():
-    run_on_ranks(3, body_counting)
+    run_on_ranks(4, body_rendezvous)
 
 
-def body_counting(group, device) -> None:
-    """As torch's C++ does it: every rank sets its own value and waits for the others', under numbers that differ by rank."""
-    rank = dist.get_rank(group)
-    for name in ("first", "second"):
-        counting = CountingStore(dist.PrefixStore(name, dist.distributed_c10d._get_process_group_store(group)))
-        store = dist.PrefixStore("of C++", counting)  # which calls the methods of the Python class
-        for number in range(3):
-            keys = [f"CUDASymmetricMemory/{5 * rank + number}/{other}" for other in range(3)]
-            store.set(keys[rank], bytes([0, 255, number, rank]) + name.encode())
-            for other in range(3):
-                store.wait([keys[other]])
-                assert store.get(keys[other]) == bytes([0, 255, number, other]) + name.encode()
+def body_rendezvous(group, device) -> None:
+    """torch's part played by the test: under numbers that differ by rank, in two rendezvous of ranks 1 and 3."""
+    number = 5 * dist.get_rank()  # of what this process has exchanged before
+    pair = dist.new_group([1, 3])
+    alive = []
+
+    def torch_rendezvous(buffer, name):
+        nonlocal number
+        stand_in = dist.distributed_c10d._resolve_process_group(name)
+        store = dist.PrefixStore("of C++", stand_in.get_group_store())  # which calls the methods of the Python class
+        for _ in range(2):
+            keys = [f"CUDASymmetricMemory/{number}/{rank}" for rank in range(stand_in.size())]
+            store.set(keys[stand_in.rank()], buffer)
+            store.wait(keys)
+            found = [store.get(key) for key in keys]
+            number += 1
+        assert store.add(f"CUDASymmetricMemory/{number}/num_members", 1) in (1, 2), "as torch 2.13's barrier does first"
+        begin = time.monotonic()
+        with pytest.raises(RuntimeError, match="[Tt]imeout"):
+            store.wait([f"CUDASymmetricMemory/{number}/last_member"], timedelta(milliseconds=10))
+        assert time.monotonic() - begin < 10, "waited for the time of the store, not for the time that was asked for"
+        number += 1
+        alive.append(stand_in)
+        return found
+
+    with mock.patch.object(rendezvous_module.symm_mem, "rendezvous", torch_rendezvous):
+        for name in ("first", "second") if dist.get_rank() in (1, 3) else ():
+            mine = f"{name} of {dist.get_rank()}".encode() + bytes([0, 255])
+            theirs = [f"{name} of {rank}".encode() + bytes([0, 255]) for rank in (1, 3)]
+            assert rendezvous_module.rendezvous(mine, pair, name) == theirs
+            with pytest.raises(RuntimeError, match=name):
+                dist.distributed_c10d._resolve_process_group(name)
 
 
 @pytest.mark.parametrize("fault", [None, "no driver", "no stream", "no memory", "no mapping", "no NVLink", "another host"])
@@ -262,13 +284,19 @@ def body_set_up(group, device, *, fault) -> None:
         if here and fault == "no driver":
             raise NotUsableError("this rank has no driver")
 
+    names = []
+
+    def record_name(buffer, group, name):
+        names.append(name)
+        return failing("no mapping", handle)()
+
     patches = {
         "driver.check_available": check_available,
         "torch.cuda.current_device": lambda: 0,
         "torch.cuda.Stream": failing("no stream", SimpleNamespace(cuda_stream=5)),
         "torch.cuda.synchronize": lambda *_: None,
         "symm_mem.empty": failing("no memory", buffer),
-        "rendezvous": failing("no mapping", handle),
+        "rendezvous": record_name,
         "dist.barrier": lambda *_, **__: None,
         "driver.missing_nvlink": lambda: "it has no NVLink" if here and fault == "no NVLink" else None,
         "_host": lambda: "elsewhere" if here and fault == "another host" else "here",
@@ -281,7 +309,13 @@ def body_set_up(group, device, *, fault) -> None:
                 owner = getattr(owner, part)
             stack.enter_context(mock.patch.object(owner, attribute, replacement))
         found = symmetric_module.connect(group)
+        if isinstance(found, SymmetricMemory):
+            found._streams.allocate(1 << 20)
     if fault in (None, "no NVLink"):
+        assert len(set(names)) == 2, "each rendezvous has its own name"
+        of_all = [None] * dist.get_world_size(group)
+        dist.all_gather_object(of_all, names, group=group)
+        assert of_all == [names] * len(of_all), "which all ranks give it"
         assert isinstance(found, SymmetricMemory)
         assert found.missing_nvlink == (None if fault is None else "cp rank 1: it has no NVLink"), "every rank knows"
         rank = dist.get_rank(group)
