@@ -442,12 +442,12 @@ def _stages(k: Tensor, v: Tensor, stages: Sequence[Stage], flight: _Flight, lane
 
 
 def _together(partials: Sequence[Partial], q: Tensor, out: Tensor) -> Partial:
-    """One partial of all rows from those of disjoint rows, which are in ``out`` already where the kernel could write there."""
+    """One contiguous partial of all rows from those of disjoint rows, in ``out`` already where the kernel could write there."""
     if not partials:
         return nothing_seen(q, out)
     partials = sorted(partials, key=lambda partial: partial.start)  # a head start comes first, and has later rows
     first = partials[0]
-    if len(partials) == 1 and first.out.shape[0] == q.shape[0]:
+    if len(partials) == 1 and first.out.shape[0] == q.shape[0] and first.out.is_contiguous():
         return first
     spans = [_span(partial) for partial in partials]
     for partial, (start, stop) in zip(partials, spans, strict=True):

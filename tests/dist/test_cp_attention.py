@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import random
 from collections.abc import Iterator
 from unittest import mock
@@ -16,6 +17,7 @@ from magi_sink_cp.dist import attention as cp_module
 from magi_sink_cp.dist import overlap
 from magi_sink_cp.dist.lanes import Lanes
 from magi_sink_cp.kernels import fa4
+from magi_sink_cp.kernels.cpu import CpuBackend
 from magi_sink_cp.kernels.protocol import Partial
 from magi_sink_cp.kernels.reference import document_mask, reference_attention
 from tests.dist.ranks import run_on_ranks
@@ -549,7 +551,9 @@ def body_native_sink(group, device, *, overlap_degree, tile_rows) -> None:
                 merge.reset_mock()
                 assert_close(cp_results(case, group, device, **arguments), truth(case), 1e-5)
                 assert all(call["learnable_sink"] is not None for call in seen), "other keys are the other backend's"
-                assert all(sink is None for call in merge.call_args_list for sink in call.args[1:]), "the sink again"
+                assert all(call.args[1:] in ((), (None,)) and "sink" not in call.kwargs for call in merge.call_args_list), (
+                    "the sink again"
+                )
                 if overlap_degree == 0 and tile_rows == 128:
                     assert not merge.called, "no row has two partial results"
                 elif lengths == [44] and group is not None and dist.get_world_size(group) > 1 and overlap_degree > 0:
@@ -698,6 +702,48 @@ def body_overflow(group, device, *, overlap_degree) -> None:
     result = {"out": plan.unshard(out.detach()), "lse": expected.values["lse"], "dsink": grads[3]}
     result |= {name: plan.unshard(grad) for name, grad in zip(("dq", "dk", "dv"), grads, strict=False)}
     assert_close(result, expected, 1e-5)
+
+
+@pytest.mark.parametrize("num_ranks", [1, 2])
+def test_out_is_contiguous_whatever_the_kernel_gives(num_ranks):
+    run_on_ranks(num_ranks, body_contiguous)
+
+
+def body_contiguous(group, device) -> None:
+    """FlashAttention-2's kernels lay out like q and write into no tensor that they are given."""
+    forward = CpuBackend._forward
+
+    def laid_out_like_q(self, q, k, v, call, out, want_probs):
+        partial = forward(self, q, k, v, call, None, want_probs)
+        return dataclasses.replace(partial, out=torch.empty_like(q).copy_(partial.out))
+
+    case = make_case([48], [48], causal=True)
+    plan = make_cp_plan(48, group=group)
+    k, v = plan.shard(case.k), plan.shard(case.v)
+    q = plan.shard(case.q).transpose(0, 1).contiguous().transpose(0, 1)
+    for degree in (0, 1):
+        for sink in (None, case.sink):
+            expected = cp_attention_with_sink(q, k, v, sink, plan=plan, overlap_degree=degree)
+            with mock.patch.object(CpuBackend, "_forward", laid_out_like_q):
+                out = cp_attention_with_sink(q, k, v, sink, plan=plan, overlap_degree=degree)
+            assert out.is_contiguous()
+            assert torch.equal(out, expected)
+
+
+def test_rows_that_get_the_sink_alone_are_merged_apart():
+    run_on_ranks(2, body_merged_apart)
+
+
+def body_merged_apart(group, device) -> None:
+    """Of 64 tokens, rank 0 has the first 16, which see own keys alone, and the last 16; rank 1's rows all see keys of rank 0."""
+    plan = make_cp_plan(64, group=group)
+    q, k, v = (torch.randn(plan.local_tokens, heads, 8) for heads in (4, 2, 2))
+    apart, together = [(1, 16), (2, 16)], [(2, 32)]
+    for sink, expected in ((torch.randn(1, 4), (apart, together)), (None, (apart[1:], together))):
+        with mock.patch.object(cp_module, "merge", mock.Mock(wraps=cp_module.merge)) as merge:
+            cp_attention_with_sink(q, k, v, sink, plan=plan, overlap_degree=1)
+        merged = [(len(call.args[0]), call.kwargs["out"].shape[0]) for call in merge.call_args_list]
+        assert merged == expected[dist.get_rank(group)], "partial results and rows of each merge"
 
 
 def test_which_kernels_add_the_sink():
