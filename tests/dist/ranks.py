@@ -87,26 +87,30 @@ class _Pool:
             self.processes.append(process)
 
     def run(self, num_ranks: int, body: Callable[..., Any], arguments: dict[str, Any]) -> list[Any]:
-        for connection in self.connections[:num_ranks]:
-            connection.send((num_ranks, body, arguments))
-        answers: list[Any] = []
-        for rank, connection in enumerate(self.connections[:num_ranks]):
-            # A rank that failed leaves the others waiting in a collective: do not wait for their timeout too.
-            failed = any(not ok for ok, _ in answers)
-            if connection.poll(5 if failed else BODY_TIMEOUT_S):
-                answers.append(connection.recv())
-            else:
-                answers.append((False, f"rank {rank} did not answer"))
-        if failures := [f"rank {rank}:\n{text}" for rank, (ok, text) in enumerate(answers) if not ok]:
+        try:
+            for connection in self.connections[:num_ranks]:
+                connection.send((num_ranks, body, arguments))
+            answers: list[Any] = []
+            for rank, connection in enumerate(self.connections[:num_ranks]):
+                # A rank that failed leaves the others waiting in a collective: do not wait for their timeout too.
+                failed = any(not ok for ok, _ in answers)
+                if connection.poll(5 if failed else BODY_TIMEOUT_S):
+                    answers.append(connection.recv())
+                else:
+                    answers.append((False, f"rank {rank} did not answer"))
+            failures = [f"rank {rank}:\n{text}" for rank, (ok, text) in enumerate(answers) if not ok]
+            assert not failures, "\n".join(failures)
+        except BaseException:  # also a timeout of the test itself: what comes later is no answer to the next one
             self.close()
-            raise AssertionError("\n".join(failures))
+            raise
         return [value for _, value in answers]
 
     def close(self) -> None:
         for process in self.processes:
             process.kill()
         self._folder.cleanup()
-        _pools.clear()
+        for device_type in [name for name, pool in _pools.items() if pool is self]:
+            del _pools[device_type]
 
 
 _pools: dict[str, _Pool] = {}
@@ -125,5 +129,5 @@ def run_on_ranks(num_ranks: int, body: Callable[..., Any], device_type: str = "c
             pytest.skip(f"needs {num_ranks} ranks, and torchrun started {member.world_size}")
         return [member.run(num_ranks, body, arguments)]
     if device_type not in _pools:
-        _pools[device_type] = _Pool(device_type, gpu_ranks() if device_type == "cuda" else MAX_RANKS)
+        _pools[device_type] = _Pool(device_type, min(gpu_ranks(), MAX_RANKS) if device_type == "cuda" else MAX_RANKS)
     return _pools[device_type].run(num_ranks, body, arguments)
