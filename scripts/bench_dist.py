@@ -220,7 +220,7 @@ def describe(row: Row) -> str | None:
 
 
 def exposed_rows(args: argparse.Namespace, tokens: int) -> list[Row]:
-    """How long no kernel of attention's computation runs within a forward and backward, in percent of it.
+    """How long no kernel but those of NCCL runs, on any stream, within a forward and backward, in percent of it.
 
     The slower GPU waits for the transfers alone; the faster one waits for the slower one too.
     """
