@@ -1,9 +1,9 @@
 """torch's rendezvous over symmetric memory, for ranks that have met others before.
 
-torch 2.11 to 2.13 number the keys under which ranks find each other by process, not by group (pytorch/pytorch#196082): if one of two
-ranks has mapped memory with a third in between, each waits for a key that the other never writes. Groups that overlap, or whose
-arenas grew more or less often, would be out of step for good. So torch gets a group of the same ranks whose store counts the keys of
-one rendezvous alone. pytorch/pytorch#196350 is to mend this; where the oldest torch supported has it, this module may go.
+torch 2.11 to 2.13 number the keys under which ranks find each other by process, not by group (pytorch/pytorch#196082): if one of
+two ranks has mapped memory with a third in between, each waits for a key that the other never writes. Groups that overlap, or
+whose arenas grew more or less often, would be out of step for good. So torch gets a group of the same ranks whose store counts the
+keys of one rendezvous alone. pytorch/pytorch#196350 is to mend this; where the oldest torch supported has it, this module may go.
 """
 
 from __future__ import annotations
