@@ -21,6 +21,7 @@ from __future__ import annotations
 import argparse
 import csv
 import datetime
+import importlib.metadata
 import importlib.util
 import os
 import shlex
@@ -46,6 +47,7 @@ Row = dict[str, Any]
 Work = dict[str, Callable[[], Any]]
 
 HEADS, HEADS_KV = 64, 8
+PACKAGES = ("xformers", "flash-attn-3", "flash-attn-4", "nvidia-cutlass-dsl", "flash-attn", "ring-flash-attn", "magi-attention")
 KERNEL_SHAPES = ((4, 2048), (2, 4096), (1, 8192), (1, 16384), (1, 32768))  # (batch, tokens)
 FUNCTION_SHAPES = ((8, 1024), (4, 2048), (2, 4096), (1, 8192), (1, 16384), (1, 32768))
 
@@ -72,6 +74,10 @@ def main() -> int:
         write(args, rows)  # after each part: a run that is cut short keeps what it has
     if rows:
         print(f"wrote {args.out / args.what}.csv")
+        if importlib.util.find_spec("matplotlib"):
+            importlib.import_module("plot").draw_all(args.out, args.what)
+        else:
+            print("no picture: matplotlib is not installed (pip install matplotlib; python scripts/plot.py --data DIR)")
     return 0
 
 
@@ -403,6 +409,23 @@ def summary(values: list[float]) -> dict[str, float]:
     return {"median_us": statistics.median(values), "p20_us": quantiles[0], "p80_us": quantiles[3], "rounds": len(values)}
 
 
+def installed(name: str) -> str | None:
+    """The version of a package that a comparison may use, if it is there."""
+    try:
+        return importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def driver_version() -> str:
+    """The NVIDIA driver's, as its tool says."""
+    command = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader", "--id=0"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
+
+
 def write(args: argparse.Namespace, rows: list[Row]) -> None:
     """One CSV, every row with where it comes from."""
     commit = args.commit
@@ -418,6 +441,8 @@ def write(args: argparse.Namespace, rows: list[Row]) -> None:
         "gpu": torch.cuda.get_device_name(),
         "torch": torch.__version__,
         "triton": triton.__version__,
+        "packages": " ".join(f"{name} {version}" for name in PACKAGES if (version := installed(name))),
+        "driver": driver_version(),
         "commit": commit,
         "date": datetime.date.today().isoformat(),
         "command": shlex.join(["scripts/bench.py", *("DIR" if word == str(args.out) else word for word in sys.argv[1:])]),

@@ -26,12 +26,16 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, default=Path("docs/benchmarks"), help="folder of the CSV files")
     args = parser.parse_args()
-    pictures = {"kernel": draw_kernel, "functions": draw_functions, "dist": draw_dist, "dist_trace": draw_trace}
-    drawn = [draw(args.data, name, function) for name, function in pictures.items()]
-    if not any(drawn):
-        print(f"no {', '.join(f'{name}.csv' for name in pictures)} in {args.data}; scripts/bench.py writes them", file=sys.stderr)
+    if not draw_all(args.data):
+        print(f"no {', '.join(f'{name}.csv' for name in PICTURES)} in {args.data}; scripts/bench.py writes them", file=sys.stderr)
         return 2
     return 0
+
+
+def draw_all(folder: Path, prefix: str = "") -> bool:
+    """Draw what has a CSV file and a name that begins with ``prefix``; returns whether there was anything to draw."""
+    drawn = [draw(folder, name, function) for name, function in PICTURES.items() if name.startswith(prefix)]
+    return any(drawn)
 
 
 def draw(folder: Path, name: str, function: Callable[[list[dict[str, str]]], Any]) -> bool:
@@ -143,6 +147,8 @@ def draw_trace(rows: list[dict[str, str]]) -> Any:
     axes[0].legend(handles=handles, frameon=False, ncols=5, loc="lower center", bbox_to_anchor=(0.5, 1.15))
     return figure
 
+
+PICTURES = {"kernel": draw_kernel, "functions": draw_functions, "dist": draw_dist, "dist_trace": draw_trace}
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -186,8 +186,9 @@ def test_plan_shard():
         plan.shard(torch.zeros(8))
     with pytest.raises(ValueError, match=r"x must have the plan's local_tokens, 10, along dim 1, got shape \(10, 9\)"):
         plan.unshard(torch.zeros(10, 9), dim=1)
-    with pytest.raises(ValueError, match="dim must be a dimension of x"):
-        plan.shard(torch.zeros(9), dim=1)
+    for dim in (1, "s"):
+        with pytest.raises(ValueError, match=f"dim must be a dimension of x, .* got {dim!r}"):
+            plan.shard(torch.zeros(9), dim=dim)
     with pytest.raises(TypeError, match="x must be a torch.Tensor, got list"):
         plan.shard([1])
 

@@ -109,6 +109,7 @@ CALLS = {
     "dtype": (lambda rank: {"dtype": torch.float32 if rank else torch.float64}, "dtype"),
     "sinks": (lambda rank: {"s_sink": 1 + rank}, r"sink \(s_sink, dtype\)"),
     "causal": (lambda rank: {"causal": bool(rank)}, "mask and scores"),
+    "window_size": (lambda rank: {"window_size": (3 + rank, 0)}, "mask and scores"),
     "softmax_scale": (lambda rank: {"softmax_scale": 1.0 + rank}, "mask and scores"),
     "deterministic": (lambda rank: {"deterministic": bool(rank)}, "mask and scores"),
     "sink_layout": (lambda rank: {"sink_layout": "ssh" if rank else "sh"}, "sink_layout"),

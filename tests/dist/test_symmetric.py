@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import time
 from datetime import timedelta
 from types import SimpleNamespace
@@ -287,6 +288,7 @@ def body_set_up(group, device, *, fault) -> None:
     names = []
 
     def record_name(buffer, group, name):
+        assert os.environ["TORCH_SYMM_MEM_DISABLE_MULTICAST"] == "1"
         names.append(name)
         return failing("no mapping", handle)()
 

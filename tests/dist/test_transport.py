@@ -35,6 +35,7 @@ class Recorder:
 
     def all_reduce(self, tensor, *args, **kwargs):
         self.all_reduces.append(tensor.nbytes)
+        self.order.append("all-reduce")
         return self._all_reduce(tensor, *args, **kwargs)
 
     def noting(self, name, function):
@@ -76,21 +77,27 @@ def inputs(plan, dtype=torch.float32):
 
 
 @pytest.mark.parametrize("num_ranks", [1, 2, 3, 4])
-@pytest.mark.parametrize("causal", [True, False])
+@pytest.mark.parametrize("window_size", [(-1, 0), (-1, -1), (3, 0), (2, 4)])
 @pytest.mark.parametrize("cu_seqlens", [[0, 48], [0, 5, 5, 31, 48], list(range(0, 49, 3))])
 @pytest.mark.parametrize("dsink_reduce", ["none", "sum"])
 @pytest.mark.parametrize("overlap_degree", [0, 2])
-def test_messages_and_bytes_are_the_plans(num_ranks, causal, cu_seqlens, dsink_reduce, overlap_degree):
-    arguments = {"causal": causal, "cu_seqlens": cu_seqlens, "dsink_reduce": dsink_reduce, "overlap_degree": overlap_degree}
+def test_messages_and_bytes_are_the_plans(num_ranks, window_size, cu_seqlens, dsink_reduce, overlap_degree):
+    arguments = {
+        "window_size": window_size,
+        "cu_seqlens": cu_seqlens,
+        "dsink_reduce": dsink_reduce,
+        "overlap_degree": overlap_degree,
+    }
     run_on_ranks(num_ranks, body_counts, **arguments)
 
 
-def body_counts(group, device, *, causal, cu_seqlens, dsink_reduce, overlap_degree) -> None:
+def body_counts(group, device, *, window_size, cu_seqlens, dsink_reduce, overlap_degree) -> None:
     plan = make_cp_plan(48, group=group, cu_seqlens=cu_seqlens)
     leaves = inputs(plan, torch.bfloat16)
-    arguments = {"plan": plan, "causal": causal, "dsink_reduce": dsink_reduce, "overlap_degree": overlap_degree}
+    masks = {"causal": False, "window_size": window_size}
+    arguments = {"plan": plan, "dsink_reduce": dsink_reduce, "overlap_degree": overlap_degree, **masks}
     cp_attention_with_sink(*leaves, **arguments)  # the signature is compared here
-    schedule = plan.schedule((-1, 0 if causal else -1), overlap_degree)
+    schedule = plan.schedule(window_size, overlap_degree)
     token_bytes = 2 * HEADS_KV * HEAD_DIM * 2  # k and v, bf16
     sent, received = schedule.sent_tokens * token_bytes, schedule.received_tokens * token_bytes
     messages_out, messages_in = (sum(2 * len(getattr(s.cast, way)) for s in schedule.stages) for way in ("sends", "receives"))
@@ -155,6 +162,10 @@ def body_order(group, device) -> None:
     for stage in range(1, stages + 1):
         middle += ["wait", *(["cast"] if stage < stages else []), "kernel", "reduce", *(["wait"] if stage > 1 else [])]
     assert backward.order == ["cast", "kernel", *middle, "wait"]
+    out = cp_attention_with_sink(*leaves, **arguments, dsink_reduce="sum")
+    with Recorder() as backward:
+        out.backward(torch.randn_like(out))
+    assert backward.order == ["cast", "kernel", "all-reduce", *middle, "wait"], "behind all stages with keys of others"
 
 
 def test_what_needs_no_other_rank_is_computed_before_the_wait():
@@ -171,6 +182,10 @@ def body_one_stage(group, device) -> None:
     with Recorder() as backward:
         out.backward(torch.randn_like(out))
     assert backward.order == [*forward.order, "reduce", "wait"]
+    out = cp_attention_with_sink(*leaves, plan=plan, overlap_degree=0, dsink_reduce="avg")
+    with Recorder() as backward:
+        out.backward(torch.randn_like(out))
+    assert backward.order == [*forward.order, "reduce", "all-reduce", "wait"]
 
 
 def test_misuse():
