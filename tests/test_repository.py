@@ -184,11 +184,12 @@ def test_a_standstill_is_where_no_stream_computes(monkeypatch):
     assert standstill([(5.0, 6.0), (1.0, 4.0), (2.0, 3.0), (3.5, 4.5)]) == (1.5, 6.0)
 
 
-def test_benchmarks_refuse_to_time_another_device(tmp_path):
+@pytest.mark.parametrize("script", ["bench.py", "sanitize.py"])
+def test_scripts_that_need_a_gpu_refuse_without_one(tmp_path, script):
     if torch.cuda.is_available():
         pytest.skip("this machine has a GPU (reason: the refusal is for machines without one)")
-    command = [sys.executable, "scripts/bench.py", "kernel", "--out", str(tmp_path)]
-    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    arguments = ["kernel", "--out", str(tmp_path)] if script == "bench.py" else []
+    result = subprocess.run([sys.executable, f"scripts/{script}", *arguments], cwd=ROOT, capture_output=True, text=True)
     assert result.returncode == 2
     assert "needs a CUDA GPU" in result.stderr
     assert not list(tmp_path.iterdir())
