@@ -158,9 +158,11 @@ class _Call:
     def lanes(self, backward: bool, device: torch.device) -> Lanes:
         """For one pass."""
         kernels = [kernel for stage in (self.backward_schedule if backward else self.schedule).stages for kernel in stage.calls]
+        if device.type != "cuda" or not self.two_lanes[backward] or len(kernels) < 2:
+            return Lanes()
         for kernel in kernels:  # what calls on either lane read is there before the first of them
             _request(kernel, self, device)
-        return TwoLanes() if device.type == "cuda" and self.two_lanes[backward] and len(kernels) > 1 else Lanes()
+        return TwoLanes()
 
     def padding(self, device: torch.device) -> Tensor:
         """bool (T,): the rows that are no token of the sequence."""
