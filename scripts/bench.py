@@ -69,9 +69,11 @@ def main() -> int:
         launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(torch.cuda.device_count())]
         os.execv(sys.executable, [sys.executable, *launcher, __file__, *sys.argv[1:]])
     rows: list[Row] = []
+    origin: Row = {}
     for part in BENCHES[args.what](args):
         rows += part
-        write(args, rows)  # after each part: a run that is cut short keeps what it has
+        origin = origin or origin_of(args)
+        write(args, rows, origin)  # after each part: a run that is cut short keeps what it has
     if rows:
         print(f"wrote {args.out / args.what}.csv")
         if importlib.util.find_spec("matplotlib"):
@@ -426,8 +428,8 @@ def driver_version() -> str:
         return "unknown"
 
 
-def write(args: argparse.Namespace, rows: list[Row]) -> None:
-    """One CSV, every row with where it comes from."""
+def origin_of(args: argparse.Namespace) -> Row:
+    """Where the rows of a run come from."""
     commit = args.commit
     if commit is None:
         result = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, cwd=Path(__file__).parent)
@@ -436,7 +438,7 @@ def write(args: argparse.Namespace, rows: list[Row]) -> None:
 
     probe = torch.empty(1, 1, 1, 64, device="cuda", dtype=torch.bfloat16)
     backend = chosen_backend(args, probe)
-    origin = {
+    return {
         "backend": backend.describe(),
         "gpu": torch.cuda.get_device_name(),
         "torch": torch.__version__,
@@ -447,6 +449,10 @@ def write(args: argparse.Namespace, rows: list[Row]) -> None:
         "date": datetime.date.today().isoformat(),
         "command": shlex.join(["scripts/bench.py", *("DIR" if word == str(args.out) else word for word in sys.argv[1:])]),
     }
+
+
+def write(args: argparse.Namespace, rows: list[Row], origin: Row) -> None:
+    """One CSV, every row with where it comes from."""
     shape = ("batch", "tokens", "heads", "heads_kv", "head_dim", "ranks")
     results = ("measured", "median_us", "p20_us", "p80_us", "rounds", "percent_of_plain", "percent", "passes_over_out", "mib")
     args.out.mkdir(parents=True, exist_ok=True)

@@ -184,6 +184,11 @@ def test_a_standstill_is_where_no_stream_computes(monkeypatch):
     assert standstill([(5.0, 6.0), (1.0, 4.0), (2.0, 3.0), (3.5, 4.5)]) == (1.5, 6.0)
 
 
+def test_what_the_sanitizer_watches_runs(monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / "scripts"))
+    importlib.import_module("sanitize").kernels(37, 3, 80, "cpu")  # the torch twins: a script that only GPUs run would go stale
+
+
 @pytest.mark.parametrize("script", ["bench.py", "sanitize.py"])
 def test_scripts_that_need_a_gpu_refuse_without_one(tmp_path, script):
     if torch.cuda.is_available():
