@@ -65,7 +65,7 @@ def test_no_row_number_is_compiled_for(value):
     """Triton would make 1 a constant and multiples of 16 a promise, also in a tuple, and launch that code for other numbers."""
     specialize = getattr(pytest.importorskip("triton._C.libtriton"), "native_specialize_impl", None)
     if specialize is None:
-        pytest.skip("this Triton decides elsewhere what it compiles for")
+        pytest.skip(reason="this Triton decides elsewhere what it compiles for")
     backend = pytest.importorskip("triton.backends.compiler").BaseBackend
     (kind,), (promise,) = specialize(backend, (unspecial(value),), False, True, True)
     assert (kind, promise) == ("i32", "")

@@ -122,11 +122,11 @@ def run_on_ranks(num_ranks: int, body: Callable[..., Any], device_type: str = "c
     if under_torchrun():
         if device_type not in _torchrun_member:
             if _torchrun_member:
-                pytest.skip("torchrun's ranks run the tests of one device type: the first that was asked for")
+                pytest.skip(reason="torchrun's ranks run the tests of one device type: the first that was asked for")
             _torchrun_member[device_type] = _Member(device_type)
         member = _torchrun_member[device_type]
         if num_ranks > member.world_size:
-            pytest.skip(f"needs {num_ranks} ranks, and torchrun started {member.world_size}")
+            pytest.skip(reason=f"needs {num_ranks} ranks, and torchrun started {member.world_size}")
         return [member.run(num_ranks, body, arguments)]
     if device_type not in _pools:
         _pools[device_type] = _Pool(device_type, min(gpu_ranks(), MAX_RANKS) if device_type == "cuda" else MAX_RANKS)
