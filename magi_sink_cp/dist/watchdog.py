@@ -2,11 +2,14 @@
 
 After each transfer the stream counts up a word in pinned memory; a thread looks at it, without a call to CUDA. When a transfer is
 not through after nine tenths of the group's timeout, it says which, and aborts the process, as NCCL's own watchdog does at the
-full timeout without knowing what the message was for.
+full timeout without knowing what the message was for. When NCCL reports an error before, as it does over sockets
+when a process died, the thread says at once what was under way; torch then ends the process when its flight recorder is written, if
+those nine tenths do not pass first.
 """
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import datetime
 import os
@@ -15,6 +18,7 @@ import threading
 import time
 import weakref
 from collections import deque
+from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
@@ -28,11 +32,28 @@ _INTERVAL_S = 0.5
 _SLOTS = 1 << 14
 
 
+@dataclass(eq=False)
+class _Watched:
+    """A cp group's communication backend and timeout, and whether the backend's error was reported."""
+
+    backend: object
+    timeout_s: float
+    told: bool = False
+
+
+@dataclass(frozen=True)
+class _Expected:
+    number: int
+    started: float
+    exchange: Exchange
+    group: _Watched
+
+
 class _Watchdog:
     def __init__(self, words: Tensor) -> None:
         """``words``: int32 (_SLOTS,), zero, in memory that both sides see."""
         self._lock = threading.Lock()
-        self._waiting: deque[tuple[int, float, float, Exchange]] = deque()
+        self._waiting: deque[_Expected] = deque()
         self._count = 0
         self.stopped = threading.Event()
         self._words = words
@@ -40,38 +61,68 @@ class _Watchdog:
         self._seen = (ctypes.c_uint32 * _SLOTS).from_address(self._address)
         threading.Thread(target=self._run, name="magi_sink_cp watchdog", daemon=True).start()
 
-    def watch(self, exchange: Exchange, timeout_s: float, stream: int) -> None:
+    def watch(self, exchange: Exchange, group: _Watched, stream: int) -> None:
         with self._lock:
             self._count += 1
             number = self._count & 0x7FFFFFFF
         driver.write_flag(self._address + 4 * (number % _SLOTS), number, stream)
-        self._waiting.append((number, time.monotonic(), timeout_s, exchange))
+        self._waiting.append(_Expected(number, time.monotonic(), exchange, group))
 
     def _run(self) -> None:
         while not self.stopped.wait(_INTERVAL_S):
-            now = time.monotonic()
-            for _ in range(len(self._waiting)):
-                number, started, timeout_s, exchange = self._waiting.popleft()
-                # Of two transfers that share a word, _SLOTS apart, the later one's number says that both are through.
-                if (self._seen[number % _SLOTS] - number) & 0x7FFFFFFF < 0x40000000:
-                    continue
-                if now - started > 0.9 * timeout_s:
-                    _abort(exchange, now - started)
-                self._waiting.append((number, started, timeout_s, exchange))
+            self._look()
+
+    def _look(self) -> None:
+        now = time.monotonic()  # before the words are read: what finishes during a long look was not late
+        pending = [self._waiting.popleft() for _ in range(len(self._waiting))]
+        pending = [expected for expected in pending if not self._through(expected)]
+        self._waiting.extendleft(reversed(pending))  # in front of what was added meanwhile: the first holds up the rest
+        first: dict[_Watched, _Expected] = {}
+        for expected in pending:
+            first.setdefault(expected.group, expected)
+            if now - expected.started > 0.9 * expected.group.timeout_s:
+                _abort(expected.exchange, now - expected.started)
+        for group, expected in first.items():
+            if not group.told and (error := _error_of(group.backend)) and not self._through(expected):
+                group.told = True
+                _report(expected.exchange, now - expected.started, error)
+
+    def _through(self, expected: _Expected) -> bool:
+        """Of two transfers that share a word, _SLOTS apart, the later one's number says that both are through."""
+        return (self._seen[expected.number % _SLOTS] - expected.number) & 0x7FFFFFFF < 0x40000000
+
+
+def _error_of(backend: object) -> str | None:
+    """Such as COMM_ERROR; None if the backend has noticed nothing, or is one that does not tell."""
+    try:
+        error = backend.get_error().name  # type: ignore[attr-defined]
+    except (AttributeError, RuntimeError):  # torch's debug wrapper has the method for backends that have none
+        return None
+    return None if error == "SUCCESS" else error
+
+
+def _report(exchange: Exchange, waited_s: float, error: str) -> None:
+    _say(
+        f"{exchange} is not through after {waited_s:.1f} s, and the backend of its cp group reports {error}: "
+        "a rank of that group died, hangs, or cannot be reached."
+    )
 
 
 def _abort(exchange: Exchange, waited_s: float) -> None:
-    print(
-        f"magi_sink_cp: {exchange} did not finish within {waited_s:.0f} s: one of these ranks died, hangs, or made other calls. "
-        "This process ends now, because its GPU waits for data that will not come.",
-        file=sys.stderr,
-        flush=True,
+    _say(
+        f"{exchange} did not finish within {waited_s:.0f} s: one of these ranks died, hangs, or made other calls. "
+        "This process ends now, because its GPU waits for data that will not come."
     )
     os.abort()
 
 
+def _say(text: str) -> None:
+    with contextlib.suppress(OSError, ValueError):  # a stderr that is closed
+        print(f"magi_sink_cp: {text}", file=sys.stderr, flush=True)
+
+
 _watchdog: _Watchdog | None = None
-_timeouts: weakref.WeakKeyDictionary[ProcessGroup, float] = weakref.WeakKeyDictionary()
+_watched: weakref.WeakKeyDictionary[ProcessGroup, _Watched] = weakref.WeakKeyDictionary()
 
 
 def watch(exchange: Exchange, group: ProcessGroup) -> None:
@@ -81,9 +132,9 @@ def watch(exchange: Exchange, group: ProcessGroup) -> None:
         return
     if _watchdog is None:
         _watchdog = _Watchdog(torch.zeros(_SLOTS, dtype=torch.int32, device="cpu", pin_memory=True))
-    if group not in _timeouts:
-        _timeouts[group] = timeout_of(group).total_seconds()
-    _watchdog.watch(exchange, _timeouts[group], torch.cuda.current_stream().cuda_stream)
+    if group not in _watched:
+        _watched[group] = _Watched(group._get_backend(torch.device("cuda")), timeout_of(group).total_seconds())
+    _watchdog.watch(exchange, _watched[group], torch.cuda.current_stream().cuda_stream)
 
 
 def timeout_of(group: ProcessGroup) -> datetime.timedelta:

@@ -46,6 +46,8 @@ def main() -> None:
         """In the middle of a pass, with messages of it under way or about to be."""
         if "hangs" in way:
             time.sleep(600)
+        if "later" in way:
+            time.sleep(2)  # the other ranks have enqueued everything by now, and wait for their GPUs
         os._exit(7)
 
     if rank == ranks - 1:
