@@ -3,7 +3,8 @@
     compute-sanitizer --tool memcheck python scripts/sanitize.py       # and --tool racecheck
     torchrun --nproc-per-node 2 --no-python compute-sanitizer --tool memcheck --report-api-errors no python scripts/sanitize.py
 
-The last option keeps calls quiet by which NCCL asks the driver what it can do.
+The last option keeps calls quiet by which NCCL asks the driver what it can do. With ``bash -c 'NCCL_HOSTID="rank $RANK"
+TORCH_SYMM_MEM_ALLOW_OVERLAPPING_DEVICES=1 LOCAL_RANK=0 exec compute-sanitizer …'`` the ranks share one GPU.
 """
 
 from __future__ import annotations
