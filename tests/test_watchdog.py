@@ -39,9 +39,17 @@ class Backend:
 
 
 @pytest.fixture
-def dog():
-    """A watchdog, the flags that were enqueued, what it would have aborted for, and an event for the first of that."""
-    enqueued, aborted, noticed = [], [], threading.Event()
+def enqueued():
+    """The flags that streams are to write: addresses and values."""
+    flags = []
+    with mock.patch.object(watchdog.driver, "write_flag", lambda address, value, stream: flags.append((address, value))):
+        yield flags
+
+
+@pytest.fixture
+def dog(enqueued):
+    """A watchdog, what it would have aborted for, and an event for the first of that."""
+    aborted, noticed = [], threading.Event()
 
     def abort(what, waited_s):
         aborted.append((str(what), waited_s))
@@ -49,26 +57,19 @@ def dog():
 
     with (
         mock.patch.object(watchdog, "_INTERVAL_S", 0.02),
-        mock.patch.object(watchdog.driver, "write_flag", lambda address, value, stream: enqueued.append((address, value))),
         mock.patch.object(watchdog, "_abort", abort),
     ):
         watching = watchdog._Watchdog(torch.zeros(watchdog._SLOTS, dtype=torch.int32))
-        yield watching, enqueued, aborted, noticed
+        yield watching, aborted, noticed
         watching.stopped.set()
         time.sleep(0.1)
 
 
 @pytest.fixture
-def still_dog():
-    """A watchdog that looks when it is told to, and the flags that were enqueued."""
-    enqueued = []
-    with (
-        mock.patch.object(watchdog._Watchdog, "_run"),
-        mock.patch.object(watchdog.driver, "write_flag", lambda address, value, stream: enqueued.append((address, value))),
-    ):
-        watching = watchdog._Watchdog(torch.zeros(watchdog._SLOTS, dtype=torch.int32))
-        watching.enqueued = enqueued
-        yield watching
+def still_dog(enqueued):
+    """A watchdog that looks when it is told to."""
+    with mock.patch.object(watchdog._Watchdog, "_run"):
+        yield watchdog._Watchdog(torch.zeros(watchdog._SLOTS, dtype=torch.int32))
 
 
 def finish(flag) -> None:
@@ -76,8 +77,8 @@ def finish(flag) -> None:
     ctypes.c_uint32.from_address(address).value = value
 
 
-def test_what_comes_in_time_is_forgotten(dog):
-    watching, enqueued, aborted, _ = dog
+def test_what_comes_in_time_is_forgotten(dog, enqueued):
+    watching, aborted, _ = dog
     for number in range(20):
         watching.watch(exchange(number), within(0.3), stream=0)
     for flag in enqueued:
@@ -87,9 +88,9 @@ def test_what_comes_in_time_is_forgotten(dog):
     assert not watching._waiting
 
 
-def test_the_one_that_does_not_come_is_named(dog):
+def test_the_one_that_does_not_come_is_named(dog, enqueued):
     """Also behind others that have longer to wait and in front of others that are through."""
-    watching, enqueued, aborted, noticed = dog
+    watching, aborted, noticed = dog
     watching.watch(exchange(1), within(60), stream=0)
     watching.watch(exchange(2), within(0.2), stream=1)
     watching.watch(exchange(3), within(0.2), stream=2)
@@ -100,8 +101,8 @@ def test_the_one_that_does_not_come_is_named(dog):
     assert 0.18 <= waited_s < 5
 
 
-def test_numbers_that_wrap_around(dog):
-    watching, enqueued, aborted, _ = dog
+def test_numbers_that_wrap_around(dog, enqueued):
+    watching, aborted, _ = dog
     watching._count = 0x7FFFFFFF - 2
     for number in range(6):
         watching.watch(exchange(number), within(0.2), stream=0)
@@ -111,7 +112,7 @@ def test_numbers_that_wrap_around(dog):
 
 
 def test_a_flag_that_cannot_be_enqueued_is_not_waited_for(dog):
-    watching, _, aborted, _ = dog
+    watching, aborted, _ = dog
     with mock.patch.object(watchdog.driver, "write_flag", side_effect=RuntimeError("cuStreamWriteValue32 failed")):
         with pytest.raises(RuntimeError, match="cuStreamWriteValue32 failed"):
             watching.watch(exchange(1), within(0.05), stream=0)
@@ -120,9 +121,9 @@ def test_a_flag_that_cannot_be_enqueued_is_not_waited_for(dog):
 
 
 @pytest.mark.parametrize("error", ["COMM_ERROR", "REMOTE_ERROR", "TIMEOUT"])
-def test_an_error_of_the_backend_names_the_first_transfer_that_waits(dog, capfd, error):
+def test_an_error_of_the_backend_names_the_first_transfer_that_waits(dog, enqueued, capfd, error):
     """Once, before the timeout, and not for another group; the end is left to torch."""
-    watching, enqueued, aborted, _ = dog
+    watching, aborted, _ = dog
     broken = Backend()
     group = within(60, broken)
     watching.watch(exchange(1), within(60, Backend()), stream=0)
@@ -141,7 +142,7 @@ def test_an_error_of_the_backend_names_the_first_transfer_that_waits(dog, capfd,
 
 
 def test_an_error_does_not_replace_the_end_at_nine_tenths(dog, capfd):
-    watching, _, aborted, noticed = dog
+    watching, aborted, noticed = dog
     watching.watch(exchange(1), within(0.3, Backend("COMM_ERROR")), stream=0)
     assert noticed.wait(5)
     assert "reports COMM_ERROR" in capfd.readouterr().err
@@ -150,7 +151,7 @@ def test_an_error_does_not_replace_the_end_at_nine_tenths(dog, capfd):
 
 @pytest.mark.parametrize("backend", [SimpleNamespace(), SimpleNamespace(get_error=mock.Mock(side_effect=RuntimeError))])
 def test_a_backend_that_does_not_tell(dog, capfd, backend):
-    watching, _, _, noticed = dog
+    watching, _, noticed = dog
     watching.watch(exchange(1), within(0.3, backend), stream=0)
     assert noticed.wait(5)
     assert not capfd.readouterr().err
@@ -173,9 +174,9 @@ def test_what_is_added_during_a_look_comes_after_the_others(still_dog, capfd):
     assert "group_cast of stage 2 " in capfd.readouterr().err
 
 
-def test_what_finishes_while_others_are_asked_is_neither_late_nor_named(still_dog, capfd):
+def test_what_finishes_while_others_are_asked_is_neither_late_nor_named(still_dog, enqueued, capfd):
     """A look that takes long (a stopped process, a lock that is held) tells the time and the words of its start."""
-    watching, enqueued = still_dog, still_dog.enqueued
+    watching = still_dog
 
     def slow() -> ErrorType:
         finish(enqueued[-1])
@@ -191,13 +192,13 @@ def test_what_finishes_while_others_are_asked_is_neither_late_nor_named(still_do
     assert not watching._waiting
 
 
-def test_what_finishes_while_others_are_looked_at_is_not_late(still_dog):
+def test_what_finishes_while_others_are_looked_at_is_not_late(still_dog, enqueued):
     watching, through = still_dog, still_dog._through
 
     def slow(expected):
         is_through = through(expected)
         if expected.number == 2:
-            finish(watching.enqueued[0])
+            finish(enqueued[0])
             time.sleep(0.2)
         return is_through
 
@@ -210,14 +211,14 @@ def test_what_finishes_while_others_are_looked_at_is_not_late(still_dog):
     assert [expected.number for expected in watching._waiting] == [2]
 
 
-def test_a_backend_is_asked_once_a_look_and_not_kept(still_dog):
+def test_a_backend_is_asked_once_a_look_and_not_kept(still_dog, enqueued):
     backend = Backend()
     group = within(60, backend)
     for number in range(5):
         still_dog.watch(exchange(number), group, stream=0)
     still_dog._look()
     assert backend.asked == 1
-    for flag in still_dog.enqueued:
+    for flag in enqueued:
         finish(flag)
     still_dog._look()
     gone = weakref.ref(backend)

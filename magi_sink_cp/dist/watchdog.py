@@ -133,12 +133,12 @@ def watch(exchange: Exchange, group: ProcessGroup) -> None:
     if _watchdog is None:
         _watchdog = _Watchdog(torch.zeros(_SLOTS, dtype=torch.int32, device="cpu", pin_memory=True))
     if group not in _watched:
-        _watched[group] = _Watched(group._get_backend(torch.device("cuda")), timeout_of(group).total_seconds())
+        backend = group._get_backend(torch.device("cuda"))
+        _watched[group] = _Watched(backend, _timeout_s(backend))
     _watchdog.watch(exchange, _watched[group], torch.cuda.current_stream().cuda_stream)
 
 
-def timeout_of(group: ProcessGroup) -> datetime.timedelta:
-    """What the group was made with."""
-    options = getattr(group._get_backend(torch.device("cuda")), "options", None)
-    timeout = getattr(options, "_timeout", None)
-    return timeout if isinstance(timeout, datetime.timedelta) else dist.constants.default_pg_timeout
+def _timeout_s(backend: object) -> float:
+    """What the backend's group was made with."""
+    timeout = getattr(getattr(backend, "options", None), "_timeout", None)
+    return (timeout if isinstance(timeout, datetime.timedelta) else dist.constants.default_pg_timeout).total_seconds()

@@ -46,11 +46,16 @@ def run_faulty(way: str, transport: str, num_ranks: int, tmp_path: Path) -> dict
     return results
 
 
+def waited_s(stderr: str, until: float) -> float:
+    """From where the rank said that it was ready."""
+    assert "ready at " in stderr, f"failed before the fault: {stderr[-2000:]}"
+    return until - float(stderr.split("ready at ")[1].split()[0])
+
+
 def check(results: dict[int, tuple[int, str, float]], operation: str) -> None:
     for rank, (code, stderr, ended) in results.items():
         print(f"--- rank {rank}\n{stderr}")  # pytest shows it where a check fails
-        assert "ready at " in stderr, f"rank {rank} failed before the fault: {stderr[-2000:]}"
-        waited = ended - float(stderr.split("ready at ")[1].split()[0])
+        waited = waited_s(stderr, ended)
         assert code != 0, f"rank {rank} ended well"
         assert "finished" not in stderr
         assert waited < TIMEOUT_S + 10, f"rank {rank} waited {waited:.0f} s"
@@ -89,4 +94,4 @@ def test_a_death_that_nccl_notices_is_named_at_once(way, tmp_path):
                 break
         named, stderr = time.monotonic(), "".join(seen)
     assert re.search(r"magi_sink_cp: group_(cast|reduce) of stage \d.*cp rank.* reports COMM_ERROR", stderr), stderr
-    assert named - float(stderr.split("ready at ")[1].split()[0]) < 15
+    assert waited_s(stderr, named) < 15
