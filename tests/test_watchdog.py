@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import ctypes
+import datetime
 import io
 import threading
-import time
 import weakref
 from types import SimpleNamespace
 from unittest import mock
@@ -47,27 +47,24 @@ def enqueued():
 
 
 @pytest.fixture
-def dog(enqueued):
-    """A watchdog, what it would have aborted for, and an event for the first of that."""
-    aborted, noticed = [], threading.Event()
-
-    def abort(what, waited_s):
-        aborted.append((str(what), waited_s))
-        noticed.set()
-
-    with (
-        mock.patch.object(watchdog, "_INTERVAL_S", 0.02),
-        mock.patch.object(watchdog, "_abort", abort),
-    ):
-        watching = watchdog._Watchdog(torch.zeros(watchdog._SLOTS, dtype=torch.int32))
-        yield watching, aborted, noticed
-        watching.stopped.set()
-        time.sleep(0.1)
+def clock():
+    """The time of the watchdog's module; a test moves ``now``, in seconds."""
+    moved = SimpleNamespace(now=1000.0)
+    with mock.patch.object(watchdog, "time", SimpleNamespace(monotonic=lambda: moved.now)):
+        yield moved
 
 
 @pytest.fixture
-def still_dog(enqueued):
-    """A watchdog that looks when it is told to."""
+def aborted():
+    """What would have ended the process: text and seconds waited."""
+    ends = []
+    with mock.patch.object(watchdog, "_abort", lambda exchange, waited_s: ends.append((str(exchange), waited_s))):
+        yield ends
+
+
+@pytest.fixture
+def dog(enqueued, clock, aborted):
+    """A watchdog that looks when a test tells it to."""
     with mock.patch.object(watchdog._Watchdog, "_run"):
         yield watchdog._Watchdog(torch.zeros(watchdog._SLOTS, dtype=torch.int32))
 
@@ -77,153 +74,197 @@ def finish(flag) -> None:
     ctypes.c_uint32.from_address(address).value = value
 
 
-def test_what_comes_in_time_is_forgotten(dog, enqueued):
-    watching, aborted, _ = dog
+def test_what_comes_in_time_is_forgotten(dog, enqueued, clock, aborted):
     for number in range(20):
-        watching.watch(exchange(number), within(0.3), stream=0)
+        dog.watch(exchange(number), within(10), stream=0)
     for flag in enqueued:
         finish(flag)
-    time.sleep(0.5)
+    clock.now += 11
+    dog._look()
     assert not aborted
-    assert not watching._waiting
+    assert not dog._waiting
 
 
-def test_the_one_that_does_not_come_is_named(dog, enqueued):
+def test_the_one_that_does_not_come_is_named(dog, enqueued, clock, aborted):
     """Also behind others that have longer to wait and in front of others that are through."""
-    watching, aborted, noticed = dog
-    watching.watch(exchange(1), within(60), stream=0)
-    watching.watch(exchange(2), within(0.2), stream=1)
-    watching.watch(exchange(3), within(0.2), stream=2)
+    dog.watch(exchange(1), within(60), stream=0)
+    dog.watch(exchange(2), within(10), stream=1)
+    dog.watch(exchange(3), within(10), stream=2)
     finish(enqueued[2])
-    assert noticed.wait(5)
-    (text, waited_s) = aborted[0]
-    assert text == "group_cast of stage 2 (from cp ranks [1], to cp ranks [2])"
-    assert 0.18 <= waited_s < 5
+    clock.now += 8.9
+    dog._look()
+    assert not aborted
+    clock.now += 0.2
+    dog._look()
+    assert aborted == [("group_cast of stage 2 (from cp ranks [1], to cp ranks [2])", pytest.approx(9.1))]
 
 
-def test_numbers_that_wrap_around(dog, enqueued):
-    watching, aborted, _ = dog
-    watching._count = 0x7FFFFFFF - 2
+def test_numbers_that_wrap_around(dog, enqueued, clock, aborted):
+    dog._count = 0x7FFFFFFF - 2
     for number in range(6):
-        watching.watch(exchange(number), within(0.2), stream=0)
+        dog.watch(exchange(number), within(10), stream=0)
         finish(enqueued[-1])
-    time.sleep(0.4)
+    clock.now += 11
+    dog._look()
     assert not aborted
 
 
-def test_a_flag_that_cannot_be_enqueued_is_not_waited_for(dog):
-    watching, aborted, _ = dog
-    with mock.patch.object(watchdog.driver, "write_flag", side_effect=RuntimeError("cuStreamWriteValue32 failed")):
-        with pytest.raises(RuntimeError, match="cuStreamWriteValue32 failed"):
-            watching.watch(exchange(1), within(0.05), stream=0)
-        time.sleep(0.2)
+def test_a_flag_that_cannot_be_enqueued_is_not_waited_for(dog, clock, aborted):
+    with (
+        mock.patch.object(watchdog.driver, "write_flag", side_effect=RuntimeError("cuStreamWriteValue32 failed")),
+        pytest.raises(RuntimeError, match="cuStreamWriteValue32 failed"),
+    ):
+        dog.watch(exchange(1), within(10), stream=0)
+    clock.now += 11
+    dog._look()
     assert not aborted
+
+
+def test_its_thread_looks_again_and_again(enqueued):
+    broken, ended = Backend(), threading.Event()
+    with (
+        mock.patch.object(watchdog, "_INTERVAL_S", 0.02),
+        mock.patch.object(watchdog, "_abort", side_effect=lambda exchange, waited_s: ended.set()),
+    ):
+        watching = watchdog._Watchdog(torch.zeros(watchdog._SLOTS, dtype=torch.int32))
+        [thread] = [thread for thread in threading.enumerate() if thread.name == "magi_sink_cp watchdog"]
+        try:
+            watching.watch(exchange(1), within(0.5, broken), stream=0)
+            assert ended.wait(30)
+            assert broken.asked > 1
+        finally:
+            watching.stopped.set()
+            thread.join()
 
 
 @pytest.mark.parametrize("error", ["COMM_ERROR", "REMOTE_ERROR", "TIMEOUT"])
-def test_an_error_of_the_backend_names_the_first_transfer_that_waits(dog, enqueued, capfd, error):
+def test_an_error_of_the_backend_names_the_first_transfer_that_waits(dog, enqueued, clock, aborted, capfd, error):
     """Once, before the timeout, and not for another group; the end is left to torch."""
-    watching, aborted, _ = dog
     broken = Backend()
     group = within(60, broken)
-    watching.watch(exchange(1), within(60, Backend()), stream=0)
+    dog.watch(exchange(1), within(60, Backend()), stream=0)
     for number in (2, 3, 4):
-        watching.watch(exchange(number), group, stream=0)
+        dog.watch(exchange(number), group, stream=0)
     finish(enqueued[1])
-    time.sleep(0.2)
+    dog._look()
     assert not capfd.readouterr().err
     broken.error = error
-    time.sleep(0.3)
+    clock.now += 0.5
+    for _ in range(3):
+        dog._look()
     told = capfd.readouterr().err
     assert told.count("magi_sink_cp") == 1
-    assert "group_cast of stage 3 (from cp ranks [1], to cp ranks [2]) is not through after " in told
+    assert "group_cast of stage 3 (from cp ranks [1], to cp ranks [2]) is not through after 0.5 s" in told
     assert f"reports {error}" in told
     assert not aborted
 
 
-def test_an_error_does_not_replace_the_end_at_nine_tenths(dog, capfd):
-    watching, aborted, noticed = dog
-    watching.watch(exchange(1), within(0.3, Backend("COMM_ERROR")), stream=0)
-    assert noticed.wait(5)
+def test_an_error_does_not_replace_the_end_at_nine_tenths(dog, clock, aborted, capfd):
+    dog.watch(exchange(1), within(10, Backend("COMM_ERROR")), stream=0)
+    dog._look()
     assert "reports COMM_ERROR" in capfd.readouterr().err
+    assert not aborted
+    clock.now += 9.1
+    dog._look()
     assert aborted[0][0].startswith("group_cast of stage 1 ")
 
 
 @pytest.mark.parametrize("backend", [SimpleNamespace(), SimpleNamespace(get_error=mock.Mock(side_effect=RuntimeError))])
-def test_a_backend_that_does_not_tell(dog, capfd, backend):
-    watching, _, noticed = dog
-    watching.watch(exchange(1), within(0.3, backend), stream=0)
-    assert noticed.wait(5)
+def test_a_backend_that_does_not_tell(dog, clock, aborted, capfd, backend):
+    dog.watch(exchange(1), within(10, backend), stream=0)
+    dog._look()
+    clock.now += 9.1
+    dog._look()
+    assert aborted
     assert not capfd.readouterr().err
 
 
-def test_what_is_added_during_a_look_comes_after_the_others(still_dog, capfd):
-    watching, broken = still_dog, Backend("COMM_ERROR")
-    group, through = within(60, broken), watching._through
+def test_what_is_added_during_a_look_comes_after_the_others(dog, capfd):
+    group, through = within(60, Backend("COMM_ERROR")), dog._through
 
     def adding(expected):
         if expected.number == 1:
-            watching.watch(exchange(3), group, stream=0)
+            dog.watch(exchange(3), group, stream=0)
         return expected.number == 1 or through(expected)
 
     for number in (1, 2):
-        watching.watch(exchange(number), group, stream=0)
-    with mock.patch.object(watching, "_through", adding):
-        watching._look()
-    assert [expected.exchange for expected in watching._waiting] == [exchange(2), exchange(3)]
+        dog.watch(exchange(number), group, stream=0)
+    with mock.patch.object(dog, "_through", adding):
+        dog._look()
+    assert [expected.exchange for expected in dog._waiting] == [exchange(2), exchange(3)]
     assert "group_cast of stage 2 " in capfd.readouterr().err
 
 
-def test_what_finishes_while_others_are_asked_is_neither_late_nor_named(still_dog, enqueued, capfd):
+def test_what_finishes_while_others_are_asked_is_neither_late_nor_named(dog, enqueued, clock, aborted, capfd):
     """A look that takes long (a stopped process, a lock that is held) tells the time and the words of its start."""
-    watching = still_dog
 
     def slow() -> ErrorType:
         finish(enqueued[-1])
-        time.sleep(0.2)
+        clock.now += 20
         return ErrorType.COMM_ERROR
 
-    with mock.patch.object(watchdog, "_abort") as abort:
-        watching.watch(exchange(1), within(0.1, SimpleNamespace(get_error=slow)), stream=0)
-        watching._look()
-        watching._look()
-    assert not abort.called
+    dog.watch(exchange(1), within(10, SimpleNamespace(get_error=slow)), stream=0)
+    dog._look()
+    dog._look()
+    assert not aborted
     assert not capfd.readouterr().err
-    assert not watching._waiting
+    assert not dog._waiting
 
 
-def test_what_finishes_while_others_are_looked_at_is_not_late(still_dog, enqueued):
-    watching, through = still_dog, still_dog._through
+def test_what_finishes_while_others_are_looked_at_is_not_late(dog, enqueued, clock, aborted):
+    through = dog._through
 
     def slow(expected):
         is_through = through(expected)
         if expected.number == 2:
             finish(enqueued[0])
-            time.sleep(0.2)
+            clock.now += 20
         return is_through
 
-    with mock.patch.object(watching, "_through", slow), mock.patch.object(watchdog, "_abort") as abort:
-        for number, timeout_s in ((1, 0.1), (2, 60)):
-            watching.watch(exchange(number), within(timeout_s), stream=0)
-        watching._look()
-        watching._look()
-    assert not abort.called
-    assert [expected.number for expected in watching._waiting] == [2]
+    with mock.patch.object(dog, "_through", slow):
+        for number, timeout_s in ((1, 10), (2, 60)):
+            dog.watch(exchange(number), within(timeout_s), stream=0)
+        dog._look()
+        dog._look()
+    assert not aborted
+    assert [expected.number for expected in dog._waiting] == [2]
 
 
-def test_a_backend_is_asked_once_a_look_and_not_kept(still_dog, enqueued):
+def test_a_backend_is_asked_once_a_look_and_not_kept(dog, enqueued):
     backend = Backend()
     group = within(60, backend)
     for number in range(5):
-        still_dog.watch(exchange(number), group, stream=0)
-    still_dog._look()
+        dog.watch(exchange(number), group, stream=0)
+    dog._look()
     assert backend.asked == 1
     for flag in enqueued:
         finish(flag)
-    still_dog._look()
+    dog._look()
     gone = weakref.ref(backend)
     del backend, group
     assert gone() is None
+
+
+@pytest.mark.parametrize("timeout", [datetime.timedelta(seconds=7), None])
+def test_a_groups_backend_and_timeout(dog, monkeypatch, timeout):
+    """None: a backend without options, whose group has torch's default."""
+    backend = Backend()
+    if timeout is not None:
+        backend.options = SimpleNamespace(_timeout=timeout)
+    group = mock.Mock(_get_backend=mock.Mock(return_value=backend))
+    monkeypatch.setattr(watchdog, "_watchdog", dog)
+    monkeypatch.setattr(watchdog.torch.cuda, "is_current_stream_capturing", lambda: False)
+    monkeypatch.setattr(watchdog.torch.cuda, "current_stream", lambda: SimpleNamespace(cuda_stream=5))
+    for number in (1, 2):
+        watchdog.watch(exchange(number), group)
+    first, second = dog._waiting
+    assert first.group is second.group, "which holds what was told of it"
+    assert first.group.backend is backend
+    assert first.group.timeout_s == (timeout or watchdog.dist.constants.default_pg_timeout).total_seconds()
+    assert [expected.exchange for expected in dog._waiting] == [exchange(1), exchange(2)]
+    monkeypatch.setattr(watchdog.torch.cuda, "is_current_stream_capturing", lambda: True)
+    watchdog.watch(exchange(3), group)
+    assert len(dog._waiting) == 2, "a graph holds no host that counts"
 
 
 def test_a_closed_stderr_does_not_keep_the_process(monkeypatch):
