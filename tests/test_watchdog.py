@@ -22,10 +22,6 @@ def exchange(number: int) -> Exchange:
     return Exchange(f"group_cast of stage {number}", (Message(2, (0, 4)),), (Message(1, (0, 4)),), 4)
 
 
-def within(timeout_s: float, backend: object = None) -> watchdog._Watched:
-    return watchdog._Watched(backend or SimpleNamespace(), timeout_s)
-
-
 class Backend:
     """Tells of an error, as NCCL's does. ``ErrorType`` is torch's own."""
 
@@ -36,6 +32,13 @@ class Backend:
     def get_error(self) -> ErrorType:
         self.asked += 1
         return ErrorType.__members__[self.error]
+
+
+def within(timeout_s: float, backend: object = None) -> watchdog._Watched:
+    """A group whose ``backend`` has this timeout."""
+    backend = backend or SimpleNamespace()
+    backend.options = SimpleNamespace(_timeout=datetime.timedelta(seconds=timeout_s))
+    return watchdog._Watched(backend)
 
 
 @pytest.fixture
@@ -58,7 +61,7 @@ def clock():
 def aborted():
     """What would have ended the process: text and seconds waited."""
     ends = []
-    with mock.patch.object(watchdog, "_abort", lambda exchange, waited_s: ends.append((str(exchange), waited_s))):
+    with mock.patch.object(watchdog, "_abort", lambda what, waited_s: ends.append((str(what), waited_s))):
         yield ends
 
 
@@ -99,6 +102,24 @@ def test_the_one_that_does_not_come_is_named(dog, enqueued, clock, aborted):
     assert aborted == [("group_cast of stage 2 (from cp ranks [1], to cp ranks [2])", pytest.approx(9.1))]
 
 
+def test_a_timeout_that_is_set_later_is_for_what_starts_later(dog, clock, aborted):
+    group = within(10)
+    dog.watch(exchange(1), group, stream=0)
+    group.backend.options = within(100).backend.options
+    clock.now += 2
+    dog.watch("all-reduce of dsink", group, stream=0)
+    clock.now += 7.1
+    dog._look()
+    assert [what.split(" (")[0] for what, _ in aborted] == ["group_cast of stage 1"]
+    dog._waiting.popleft()
+    clock.now += 82.8
+    dog._look()
+    assert len(aborted) == 1
+    clock.now += 0.2
+    dog._look()
+    assert aborted[1] == ("all-reduce of dsink", pytest.approx(90.1))
+
+
 def test_numbers_that_wrap_around(dog, enqueued, clock, aborted):
     dog._count = 0x7FFFFFFF - 2
     for number in range(6):
@@ -124,7 +145,7 @@ def test_its_thread_looks_again_and_again(enqueued):
     broken, ended = Backend(), threading.Event()
     with (
         mock.patch.object(watchdog, "_INTERVAL_S", 0.02),
-        mock.patch.object(watchdog, "_abort", side_effect=lambda exchange, waited_s: ended.set()),
+        mock.patch.object(watchdog, "_abort", side_effect=lambda what, waited_s: ended.set()),
     ):
         watching = watchdog._Watchdog(torch.zeros(watchdog._SLOTS, dtype=torch.int32))
         [thread] = [thread for thread in threading.enumerate() if thread.name == "magi_sink_cp watchdog"]
@@ -191,7 +212,7 @@ def test_what_is_added_during_a_look_comes_after_the_others(dog, capfd):
         dog.watch(exchange(number), group, stream=0)
     with mock.patch.object(dog, "_through", adding):
         dog._look()
-    assert [expected.exchange for expected in dog._waiting] == [exchange(2), exchange(3)]
+    assert [expected.what for expected in dog._waiting] == [exchange(2), exchange(3)]
     assert "group_cast of stage 2 " in capfd.readouterr().err
 
 
@@ -260,21 +281,43 @@ def test_a_groups_backend_and_timeout(dog, monkeypatch, timeout):
     first, second = dog._waiting
     assert first.group is second.group, "which holds what was told of it"
     assert first.group.backend is backend
-    assert first.group.timeout_s == (timeout or watchdog.dist.constants.default_pg_timeout).total_seconds()
-    assert [expected.exchange for expected in dog._waiting] == [exchange(1), exchange(2)]
+    assert first.timeout_s == (timeout or watchdog.dist.constants.default_pg_timeout).total_seconds()
+    assert [expected.what for expected in dog._waiting] == [exchange(1), exchange(2)]
     monkeypatch.setattr(watchdog.torch.cuda, "is_current_stream_capturing", lambda: True)
     watchdog.watch(exchange(3), group)
     assert len(dog._waiting) == 2, "a graph holds no host that counts"
 
 
-def test_a_closed_stderr_does_not_keep_the_process(monkeypatch):
-    stream = io.StringIO()
-    stream.close()
+class _UsersOwn(io.StringIO):
+    """A stderr that was replaced, and fails."""
+
+    def write(self, text: str) -> int:
+        raise AttributeError("no file yet")
+
+
+@pytest.mark.parametrize("stream", [io.StringIO(), _UsersOwn()])
+def test_a_stderr_that_fails_does_not_keep_the_process(monkeypatch, stream):
+    if type(stream) is io.StringIO:
+        stream.close()
     monkeypatch.setattr(watchdog.sys, "stderr", stream)
     with mock.patch.object(watchdog.os, "abort") as abort:
         watchdog._report(exchange(1), 1, "COMM_ERROR")
         watchdog._abort(exchange(1), 9.3)
     assert abort.called
+
+
+@pytest.mark.parametrize("on_gpu", [False, True])
+def test_a_wait_is_watched_on_gpus_and_says_what_it_was_for(on_gpu):
+    with mock.patch.object(watchdog, "watch") as watch:
+        with watchdog.waiting_for("all-reduce of dsink", "group", on_gpu):
+            assert not watch.called, "the stream waits only when the block is through"
+        assert watch.call_args_list == [mock.call("all-reduce of dsink", "group")] * on_gpu
+        with (
+            pytest.raises(RuntimeError, match="all-reduce of dsink failed; a rank has died, .*: connection reset"),
+            watchdog.waiting_for("all-reduce of dsink", "group", on_gpu),
+        ):
+            raise RuntimeError("connection reset")
+        assert watch.call_count == on_gpu
 
 
 def test_the_message(capfd):

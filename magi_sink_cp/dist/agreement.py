@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import weakref
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch.distributed import ProcessGroup
+
+from magi_sink_cp.dist.watchdog import waiting_for
 
 _RECORD_BYTES = 4096
 
@@ -77,15 +78,6 @@ def agree(record: Mapping[str, object] | Exception, group: ProcessGroup, what: s
             raise ValueError(f"{what}: all ranks of the cp group must be given the same {name}, got {text}")
 
 
-@contextlib.contextmanager
-def failing_as(what: object) -> Iterator[None]:
-    """Communication that fails or times out in this block says what it was for."""
-    try:
-        yield
-    except RuntimeError as error:
-        raise RuntimeError(f"{what} failed; a rank has died, hangs, or made other calls: {error}") from error
-
-
 def collect(record: Mapping[str, object], group: ProcessGroup, what: str) -> list[dict[str, Any]]:
     """Every rank's record, in the order of the ranks. Every rank of the group must call this."""
     encoded = json.dumps(record, ensure_ascii=False).encode()
@@ -95,7 +87,7 @@ def collect(record: Mapping[str, object], group: ProcessGroup, what: str) -> lis
     # collective, in which every rank takes part; in a stage of attention some have nothing to send.
     mine = torch.frombuffer(bytearray(encoded.ljust(_RECORD_BYTES)), dtype=torch.uint8).to(group_device(group))
     gathered = mine.new_empty(dist.get_world_size(group) * _RECORD_BYTES)
-    with failing_as(f"{what}: comparing arguments over the cp group"):
+    with waiting_for(f"{what}: comparing arguments over the cp group", group, mine.is_cuda):
         dist.all_gather(list(gathered.split(_RECORD_BYTES)), mine, group=group)
     raw = bytes(gathered.tolist())
     return [json.loads(raw[i : i + _RECORD_BYTES]) for i in range(0, len(raw), _RECORD_BYTES)]

@@ -16,14 +16,16 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+from torch.distributed import ProcessGroup
 
-from magi_sink_cp.dist.agreement import GroupRef, Signature, failing_as
+from magi_sink_cp.dist.agreement import GroupRef, Signature
 from magi_sink_cp.dist.lanes import Lanes, TwoLanes
 from magi_sink_cp.dist.layout import Range, union
 from magi_sink_cp.dist.overlap import SINK_KERNEL_SLOWER
 from magi_sink_cp.dist.plan import CPPlan
 from magi_sink_cp.dist.schedule import CAUSAL, FULL, Exchange, KernelCall, Schedule, Stage
 from magi_sink_cp.dist.transport import Own, Transfer, Transport
+from magi_sink_cp.dist.watchdog import failing_as, waiting_for
 from magi_sink_cp.kernels.accumulate import MAX_TERMS, Term, accumulate
 from magi_sink_cp.kernels.dsink import sink_gradient
 from magi_sink_cp.kernels.fa4 import Fa4Backend
@@ -44,6 +46,7 @@ from magi_sink_cp.kernels.registry import check_backend_name, find_adding_sink, 
 
 DSINK_REDUCTIONS = ("none", "sum", "avg")
 CHECKS = ("auto", "always")
+_DSINK = "cp_attention_with_sink: all-reduce of dsink over the cp group"
 
 
 # torch.compile breaks the graph here and compiles what stands around: transfers have an order that no graph knows of.
@@ -630,7 +633,7 @@ class _SinkGradient:
         self._sink, self._lse, self._call, self._lanes = sink, lse, call, lanes
         self._parts: list[tuple[slice, Tensor]] = []
         self._dsink: Tensor | None = None
-        self._work: dist.Work | None = None
+        self._reduction: tuple[dist.Work, ProcessGroup] | None = None
 
     def add(self, delta: RowDelta | None, out: Tensor, dout: Tensor, dlse: Tensor | None, rows: slice) -> None:
         """Add what these rows contribute."""
@@ -641,14 +644,17 @@ class _SinkGradient:
         call = self._call
         if call.dsink_reduce != "none" and call.group is not None and call.cp_size > 1:
             self._dsink = self._total()
-            self._work = dist.all_reduce(self._dsink, group=call.group(), async_op=True)
+            group = call.group()
+            with failing_as(_DSINK):
+                self._reduction = dist.all_reduce(self._dsink, group=group, async_op=True), group
 
     def result(self) -> Tensor:
         """dsink in the dtype of sink."""
         dsink = self._total() if self._dsink is None else self._dsink
-        if self._work is not None:
-            with failing_as("cp_attention_with_sink: all-reduce of dsink over the cp group"):
-                self._work.wait()
+        if self._reduction is not None:
+            work, group = self._reduction
+            with waiting_for(_DSINK, group, dsink.is_cuda):
+                work.wait()
         return (dsink / self._call.cp_size if self._call.dsink_reduce == "avg" else dsink).to(self._sink.dtype)
 
     def _total(self) -> Tensor:

@@ -17,7 +17,7 @@ from torch.autograd.function import once_differentiable
 from torch.distributed import ProcessGroup
 from torch.distributed.device_mesh import DeviceMesh
 
-from magi_sink_cp.dist.agreement import GroupRef, Signature, agree, backend_for, failing_as, group_device
+from magi_sink_cp.dist.agreement import GroupRef, Signature, agree, backend_for, group_device
 from magi_sink_cp.dist.layout import LAYOUTS, Range, RankRanges, num_tokens, union
 from magi_sink_cp.dist.overlap import Overlap, Work, choose_overlap
 from magi_sink_cp.dist.schedule import (
@@ -30,6 +30,7 @@ from magi_sink_cp.dist.schedule import (
 )
 from magi_sink_cp.dist.symmetric import SymmetricMemory, connect
 from magi_sink_cp.dist.transport import PointToPoint, Transport
+from magi_sink_cp.dist.watchdog import waiting_for
 from magi_sink_cp.kernels.inputs import check_offsets, read_cu_seqlens
 
 _UNSHARD = "CPPlan.unshard (or shard's backward)"
@@ -321,7 +322,7 @@ class _Along:
             gathered = local.new_empty(plan.cp_size * plan.local_tokens, *local.shape[1:])
             if local.numel():  # as bytes, because gloo does not gather every dtype
                 parts = gathered.view(plan.cp_size, -1).view(torch.uint8)
-                with failing_as(f"{_UNSHARD}: all-gather over the cp group"):
+                with waiting_for(f"{_UNSHARD}: all-gather over the cp group", plan.group, local.is_cuda):
                     dist.all_gather(list(parts), local.view(-1).view(torch.uint8), group=plan.group)
         pieces = []
         for rank, ranges in enumerate(plan.layout):

@@ -16,10 +16,10 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
-from magi_sink_cp.dist.agreement import GroupRef, failing_as
+from magi_sink_cp.dist.agreement import GroupRef
 from magi_sink_cp.dist.layout import Range
 from magi_sink_cp.dist.schedule import Exchange, Message
-from magi_sink_cp.dist.watchdog import watch
+from magi_sink_cp.dist.watchdog import failing_as, waiting_for
 
 Own = Sequence[tuple[Range, Range]]
 
@@ -121,11 +121,9 @@ class _PointToPointTransfer(Transfer):
             self._works = dist.batch_isend_irecv(operations) if operations else []
 
     def _wait(self) -> None:
-        with failing_as(self._exchange):
+        with waiting_for(self._exchange, self._group, on_gpu=bool(self._works) and self._operations[0].tensor.is_cuda):
             for work in self._works:
                 work.wait()
-        if self._works and self._operations[0].tensor.is_cuda:
-            watch(self._exchange, self._group)
         self._operations, self._works = [], []
 
     def _release(self) -> None:

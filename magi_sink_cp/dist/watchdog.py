@@ -1,6 +1,6 @@
-"""Ends the process when ranks do not bring what a GPU waits for: a kernel queue that hangs can raise nothing.
+"""What a rank says when other ranks do not bring what it waits for. A GPU's queue that waits can raise nothing: it is watched.
 
-After each transfer the stream counts up a word in pinned memory; a thread looks at it, without a call to CUDA. When a transfer is
+After each communication the stream counts up a word in pinned memory; a thread looks at it, without a call to CUDA. When one is
 not through after nine tenths of the group's timeout, it says which, and aborts the process, as NCCL's own watchdog does at the
 full timeout without knowing what the message was for. When NCCL reports an error before, as it does over sockets
 when a process died, the thread says at once what was under way; torch then ends the process when its flight recorder is written, if
@@ -18,6 +18,7 @@ import threading
 import time
 import weakref
 from collections import deque
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -26,7 +27,6 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from magi_sink_cp.dist import driver
-from magi_sink_cp.dist.schedule import Exchange
 
 _INTERVAL_S = 0.5
 _SLOTS = 1 << 14
@@ -34,10 +34,9 @@ _SLOTS = 1 << 14
 
 @dataclass(eq=False)
 class _Watched:
-    """A cp group's communication backend and timeout, and whether the backend's error was reported."""
+    """A cp group's communication backend, and whether its error was reported."""
 
     backend: object
-    timeout_s: float
     told: bool = False
 
 
@@ -45,7 +44,8 @@ class _Watched:
 class _Expected:
     number: int
     started: float
-    exchange: Exchange
+    timeout_s: float  # the group's at the start; a later one is for what starts later, as in torch
+    what: object
     group: _Watched
 
 
@@ -61,12 +61,12 @@ class _Watchdog:
         self._seen = (ctypes.c_uint32 * _SLOTS).from_address(self._address)
         threading.Thread(target=self._run, name="magi_sink_cp watchdog", daemon=True).start()
 
-    def watch(self, exchange: Exchange, group: _Watched, stream: int) -> None:
+    def watch(self, what: object, group: _Watched, stream: int) -> None:
         with self._lock:
             self._count += 1
             number = self._count & 0x7FFFFFFF
         driver.write_flag(self._address + 4 * (number % _SLOTS), number, stream)
-        self._waiting.append(_Expected(number, time.monotonic(), exchange, group))
+        self._waiting.append(_Expected(number, time.monotonic(), _timeout_s(group.backend), what, group))
 
     def _run(self) -> None:
         while not self.stopped.wait(_INTERVAL_S):
@@ -80,12 +80,12 @@ class _Watchdog:
         first: dict[_Watched, _Expected] = {}
         for expected in pending:
             first.setdefault(expected.group, expected)
-            if now - expected.started > 0.9 * expected.group.timeout_s:
-                _abort(expected.exchange, now - expected.started)
+            if now - expected.started > 0.9 * expected.timeout_s:
+                _abort(expected.what, now - expected.started)
         for group, expected in first.items():
             if not group.told and (error := _error_of(group.backend)) and not self._through(expected):
                 group.told = True
-                _report(expected.exchange, now - expected.started, error)
+                _report(expected.what, now - expected.started, error)
 
     def _through(self, expected: _Expected) -> bool:
         """Of two transfers that share a word, _SLOTS apart, the later one's number says that both are through."""
@@ -101,23 +101,23 @@ def _error_of(backend: object) -> str | None:
     return None if error == "SUCCESS" else error
 
 
-def _report(exchange: Exchange, waited_s: float, error: str) -> None:
+def _report(what: object, waited_s: float, error: str) -> None:
     _say(
-        f"{exchange} is not through after {waited_s:.1f} s, and the backend of its cp group reports {error}: "
+        f"{what} is not through after {waited_s:.1f} s, and the backend of its cp group reports {error}: "
         "a rank of that group died, hangs, or cannot be reached."
     )
 
 
-def _abort(exchange: Exchange, waited_s: float) -> None:
+def _abort(what: object, waited_s: float) -> None:
     _say(
-        f"{exchange} did not finish within {waited_s:.0f} s: one of these ranks died, hangs, or made other calls. "
+        f"{what} did not finish within {waited_s:.0f} s: another rank died, hangs, or made other calls. "
         "This process ends now, because its GPU waits for data that will not come."
     )
     os.abort()
 
 
 def _say(text: str) -> None:
-    with contextlib.suppress(OSError, ValueError):  # a stderr that is closed
+    with contextlib.suppress(Exception):  # a stderr that is closed, or a user's own: what comes after must come
         print(f"magi_sink_cp: {text}", file=sys.stderr, flush=True)
 
 
@@ -125,7 +125,25 @@ _watchdog: _Watchdog | None = None
 _watched: weakref.WeakKeyDictionary[ProcessGroup, _Watched] = weakref.WeakKeyDictionary()
 
 
-def watch(exchange: Exchange, group: ProcessGroup) -> None:
+@contextlib.contextmanager
+def failing_as(what: object) -> Iterator[None]:
+    """Communication that fails or times out in this block says what it was for."""
+    try:
+        yield
+    except RuntimeError as error:
+        raise RuntimeError(f"{what} failed; a rank has died, hangs, or made other calls: {error}") from error
+
+
+@contextlib.contextmanager
+def waiting_for(what: object, group: ProcessGroup, on_gpu: bool) -> Iterator[None]:
+    """The host, or on a GPU the current stream, waits in this block. What it waits for is named if it does not come."""
+    with failing_as(what):
+        yield
+    if on_gpu:
+        watch(what, group)
+
+
+def watch(what: object, group: ProcessGroup) -> None:
     """Expect the current stream to come this far within the group's timeout."""
     global _watchdog
     if torch.cuda.is_current_stream_capturing():
@@ -133,12 +151,11 @@ def watch(exchange: Exchange, group: ProcessGroup) -> None:
     if _watchdog is None:
         _watchdog = _Watchdog(torch.zeros(_SLOTS, dtype=torch.int32, device="cpu", pin_memory=True))
     if group not in _watched:
-        backend = group._get_backend(torch.device("cuda"))
-        _watched[group] = _Watched(backend, _timeout_s(backend))
-    _watchdog.watch(exchange, _watched[group], torch.cuda.current_stream().cuda_stream)
+        _watched[group] = _Watched(group._get_backend(torch.device("cuda")))
+    _watchdog.watch(what, _watched[group], torch.cuda.current_stream().cuda_stream)
 
 
 def _timeout_s(backend: object) -> float:
-    """What the backend's group was made with."""
+    """That of what the backend starts now."""
     timeout = getattr(getattr(backend, "options", None), "_timeout", None)
     return (timeout if isinstance(timeout, datetime.timedelta) else dist.constants.default_pg_timeout).total_seconds()

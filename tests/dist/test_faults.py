@@ -18,6 +18,7 @@ from tests.dist.ranks import RANKS_PER_GPU, under_torchrun
 TIMEOUT_S = 8
 ROOT = Path(__file__).parents[2]
 WAYS = ["dies in forward", "dies in backward", "hangs in forward", "hangs in backward"]
+COLLECTIVES = {"dsink": "all-reduce of dsink over the cp group", "unshard": "CPPlan.unshard .*over the cp group"}
 
 
 @contextmanager
@@ -52,21 +53,33 @@ def waited_s(stderr: str, until: float) -> float:
     return until - float(stderr.split("ready at ")[1].split()[0])
 
 
-def check(results: dict[int, tuple[int, str, float]], operation: str) -> None:
+def stages(operation: str) -> str:
+    """What an error says of a stage's message."""
+    return rf"{operation} of stage \d.*cp rank"
+
+
+def check(results: dict[int, tuple[int, str, float]], what: str) -> None:
     for rank, (code, stderr, ended) in results.items():
         print(f"--- rank {rank}\n{stderr}")  # pytest shows it where a check fails
         waited = waited_s(stderr, ended)
         assert code != 0, f"rank {rank} ended well"
         assert "finished" not in stderr
         assert waited < TIMEOUT_S + 10, f"rank {rank} waited {waited:.0f} s"
-        assert re.search(rf"{operation} of stage \d.*cp rank", stderr), stderr[-3000:]
+        assert re.search(what, stderr), stderr[-3000:]
 
 
 @pytest.mark.skipif(under_torchrun(), reason="starts its own ranks")
 @pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("num_ranks", [2, 3])
 def test_gloo(way, num_ranks, tmp_path):
-    check(run_faulty(way, "gloo", num_ranks, tmp_path), "group_cast" if "forward" in way else "group_(cast|reduce)")
+    check(run_faulty(way, "gloo", num_ranks, tmp_path), stages("group_cast" if "forward" in way else "group_(cast|reduce)"))
+
+
+@pytest.mark.skipif(under_torchrun(), reason="starts its own ranks")
+@pytest.mark.parametrize("place", COLLECTIVES)
+@pytest.mark.parametrize("fault", ["dies", "hangs"])
+def test_collectives_of_gloo(fault, place, tmp_path):
+    check(run_faulty(f"{fault} in {place}", "gloo", 2, tmp_path), COLLECTIVES[place])
 
 
 @pytest.mark.gpu(ranks=2)
@@ -75,7 +88,17 @@ def test_gloo(way, num_ranks, tmp_path):
 @pytest.mark.parametrize("transport", ["nccl", "symm_mem"])
 def test_gpus(way, transport, tmp_path):
     # A host that runs ahead of its GPU in forward may hear of the death when it starts the next message, in backward.
-    check(run_faulty(way, transport, 2, tmp_path), "group_(cast|reduce)")
+    check(run_faulty(way, transport, 2, tmp_path), stages("group_(cast|reduce)"))
+
+
+@pytest.mark.gpu(ranks=2)
+@pytest.mark.skipif(under_torchrun(), reason="starts its own ranks")
+@pytest.mark.parametrize("place", COLLECTIVES)
+@pytest.mark.parametrize("fault", ["dies", "hangs"])
+@pytest.mark.parametrize("transport", ["nccl", "symm_mem"])
+def test_collectives_of_gpus(fault, place, transport, tmp_path):
+    """The stages' messages are of ``transport``, these are NCCL's under both."""
+    check(run_faulty(f"{fault} in {place}", transport, 2, tmp_path), COLLECTIVES[place])
 
 
 @pytest.mark.gpu(ranks=2)
@@ -83,15 +106,16 @@ def test_gpus(way, transport, tmp_path):
 @pytest.mark.skipif(
     RANKS_PER_GPU == 1, reason="within a host NCCL does not notice that a rank died; ranks that share a GPU use sockets"
 )
-@pytest.mark.parametrize("way", ["dies later in forward", "dies later in backward"])
-def test_a_death_that_nccl_notices_is_named_at_once(way, tmp_path):
+@pytest.mark.parametrize("place", ["forward", "backward", "dsink", "unshard"])
+def test_a_death_that_nccl_notices_is_named_at_once(place, tmp_path):
     """Long before nine tenths of the timeout. Torch ends the process a minute later, after its flight recorder."""
-    with faulty_ranks(way, "nccl", 2, tmp_path, timeout_s=200) as processes:
+    with faulty_ranks(f"dies later in {place}", "nccl", 2, tmp_path, timeout_s=200) as processes:
         seen = []
         for line in processes[0].stderr:
             seen.append(line)
             if line.startswith("magi_sink_cp"):
                 break
         named, stderr = time.monotonic(), "".join(seen)
-    assert re.search(r"magi_sink_cp: group_(cast|reduce) of stage \d.*cp rank.* reports COMM_ERROR", stderr), stderr
+    what = COLLECTIVES.get(place, stages("group_(cast|reduce)"))
+    assert re.search(rf"magi_sink_cp: .*{what}.* reports COMM_ERROR", stderr), stderr
     assert waited_s(stderr, named) < 15
