@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed import ProcessGroup
 
-from magi_sink_cp.dist.watchdog import waiting_for
+from magi_sink_cp.dist.watchdog import Communication
 
 _RECORD_BYTES = 4096
 
@@ -65,7 +65,7 @@ def agree(record: Mapping[str, object] | Exception, group: ProcessGroup, what: s
         content = {"error": f"{type(record).__name__}: {record}"[:600]}  # at most 600 · 6 bytes as JSON
     else:
         content |= record
-    records = collect(content, group, what)
+    records = collect(content, group, f"{what}: comparing arguments over the cp group")
     if isinstance(record, Exception):
         raise record
     for rank, other in enumerate(records):
@@ -79,7 +79,7 @@ def agree(record: Mapping[str, object] | Exception, group: ProcessGroup, what: s
 
 
 def collect(record: Mapping[str, object], group: ProcessGroup, what: str) -> list[dict[str, Any]]:
-    """Every rank's record, in the order of the ranks. Every rank of the group must call this."""
+    """Every rank's record, in the order of the ranks. Every rank of the group must call this. ``what``: what an error names."""
     encoded = json.dumps(record, ensure_ascii=False).encode()
     if len(encoded) > _RECORD_BYTES:
         raise ValueError(f"the record takes {len(encoded)} bytes to exchange, more than {_RECORD_BYTES}: {str(record)[:200]}…")
@@ -87,7 +87,7 @@ def collect(record: Mapping[str, object], group: ProcessGroup, what: str) -> lis
     # collective, in which every rank takes part; in a stage of attention some have nothing to send.
     mine = torch.frombuffer(bytearray(encoded.ljust(_RECORD_BYTES)), dtype=torch.uint8).to(group_device(group))
     gathered = mine.new_empty(dist.get_world_size(group) * _RECORD_BYTES)
-    with waiting_for(f"{what}: comparing arguments over the cp group", group, mine.is_cuda):
-        dist.all_gather(list(gathered.split(_RECORD_BYTES)), mine, group=group)
+    parts = list(gathered.split(_RECORD_BYTES))
+    Communication(what, group, mine.is_cuda, lambda: [dist.all_gather(parts, mine, group=group)]).wait()
     raw = bytes(gathered.tolist())
     return [json.loads(raw[i : i + _RECORD_BYTES]) for i in range(0, len(raw), _RECORD_BYTES)]

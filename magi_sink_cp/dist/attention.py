@@ -16,7 +16,6 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.autograd.function import once_differentiable
-from torch.distributed import ProcessGroup
 
 from magi_sink_cp.dist.agreement import GroupRef, Signature
 from magi_sink_cp.dist.lanes import Lanes, TwoLanes
@@ -25,7 +24,7 @@ from magi_sink_cp.dist.overlap import SINK_KERNEL_SLOWER
 from magi_sink_cp.dist.plan import CPPlan
 from magi_sink_cp.dist.schedule import CAUSAL, FULL, Exchange, KernelCall, Schedule, Stage
 from magi_sink_cp.dist.transport import Own, Transfer, Transport
-from magi_sink_cp.dist.watchdog import failing_as, waiting_for
+from magi_sink_cp.dist.watchdog import Communication
 from magi_sink_cp.kernels.accumulate import MAX_TERMS, Term, accumulate
 from magi_sink_cp.kernels.dsink import sink_gradient
 from magi_sink_cp.kernels.fa4 import Fa4Backend
@@ -110,8 +109,8 @@ def cp_attention_with_sink(
     try:
         if checks not in CHECKS:
             raise ValueError(f"checks must be one of {CHECKS}, got {checks!r}")
-        if plan.device.type == "cuda" and plan.transport is not None and torch.cuda.current_device() != plan.device.index:
-            raise ValueError(f"the current device must be the plan's, {plan.device}, got cuda:{torch.cuda.current_device()}")
+        if plan.transport is not None:
+            plan.check_current_device()
         call = _known_call(
             q, k, v, sink, plan, sink_layout, softmax_scale, causal, window_size, softcap, deterministic, dsink_reduce,
             overlap_degree, grad_reduce_dtype, backend,
@@ -633,7 +632,7 @@ class _SinkGradient:
         self._sink, self._lse, self._call, self._lanes = sink, lse, call, lanes
         self._parts: list[tuple[slice, Tensor]] = []
         self._dsink: Tensor | None = None
-        self._reduction: tuple[dist.Work, ProcessGroup] | None = None
+        self._reduction: Communication | None = None
 
     def add(self, delta: RowDelta | None, out: Tensor, dout: Tensor, dlse: Tensor | None, rows: slice) -> None:
         """Add what these rows contribute."""
@@ -643,18 +642,17 @@ class _SinkGradient:
         """Every row has been added: start the reduction over the ranks, if one was asked for."""
         call = self._call
         if call.dsink_reduce != "none" and call.group is not None and call.cp_size > 1:
-            self._dsink = self._total()
-            group = call.group()
-            with failing_as(_DSINK):
-                self._reduction = dist.all_reduce(self._dsink, group=group, async_op=True), group
+            dsink, group = self._total(), call.group()
+            self._reduction = Communication(
+                _DSINK, group, dsink.is_cuda, lambda: [dist.all_reduce(dsink, group=group, async_op=True)]
+            )
+            self._dsink = dsink
 
     def result(self) -> Tensor:
         """dsink in the dtype of sink."""
         dsink = self._total() if self._dsink is None else self._dsink
         if self._reduction is not None:
-            work, group = self._reduction
-            with waiting_for(_DSINK, group, dsink.is_cuda):
-                work.wait()
+            self._reduction.wait()
         return (dsink / self._call.cp_size if self._call.dsink_reduce == "avg" else dsink).to(self._sink.dtype)
 
     def _total(self) -> Tensor:

@@ -30,7 +30,7 @@ from magi_sink_cp.dist.schedule import (
 )
 from magi_sink_cp.dist.symmetric import SymmetricMemory, connect
 from magi_sink_cp.dist.transport import PointToPoint, Transport
-from magi_sink_cp.dist.watchdog import waiting_for
+from magi_sink_cp.dist.watchdog import Communication
 from magi_sink_cp.kernels.inputs import check_offsets, read_cu_seqlens
 
 _UNSHARD = "CPPlan.unshard (or shard's backward)"
@@ -189,10 +189,12 @@ class CPPlan:
         rank computes the same loss from the whole tensor.
 
         Raises:
-            ValueError: the size along dim is not local_tokens.
+            ValueError: the size along dim is not local_tokens, the group has no backend for x's device, or x or the current device
+                is on another GPU than the plan.
         """
         try:
             self._check_size(x, dim, self.local_tokens, "local_tokens")
+            self._check_can_travel(x)
         except Exception as error:
             self.agree(error, _UNSHARD)
             raise
@@ -280,6 +282,21 @@ class CPPlan:
             agree({"plan (sha256)": self._digest, **signature.content}, group, what)
             self._agreed.add(signature.key)
 
+    def check_current_device(self) -> None:
+        """ValueError where the plan's GPU is not the current one, whose streams communication would then not be ordered with."""
+        if self.device.type == "cuda" and torch.cuda.current_device() != self.device.index:
+            raise ValueError(f"the current device must be the plan's, {self.device}, got cuda:{torch.cuda.current_device()}")
+
+    def _check_can_travel(self, x: Tensor) -> None:
+        if self.group is None or self.transport is None:
+            return
+        if x.is_cuda and x.device == self.device:
+            self.check_current_device()
+        elif x.is_cuda or backend_for(self.group, x.device.type) is None:
+            raise ValueError(
+                f"x must be on the plan's device, {self.device}, got {x.device}, from where the cp group sends nothing"
+            )
+
     def _check_size(self, x: Tensor, dim: int, size: int, what: str) -> None:
         if not isinstance(x, Tensor):
             raise TypeError(f"x must be a torch.Tensor, got {type(x).__name__}")
@@ -320,10 +337,8 @@ class _Along:
             others = [size for dim, size in enumerate(x.shape) if dim != self.dim % x.dim()]
             plan.agree(Signature(_UNSHARD, {"dim": self.dim, "shape but for dim": others, "dtype": str(x.dtype)}), _UNSHARD)
             gathered = local.new_empty(plan.cp_size * plan.local_tokens, *local.shape[1:])
-            if local.numel():  # as bytes, because gloo does not gather every dtype
-                parts = gathered.view(plan.cp_size, -1).view(torch.uint8)
-                with waiting_for(f"{_UNSHARD}: all-gather over the cp group", plan.group, local.is_cuda):
-                    dist.all_gather(list(parts), local.view(-1).view(torch.uint8), group=plan.group)
+            if local.numel():
+                self._gather(local, gathered, plan.group)
         pieces = []
         for rank, ranges in enumerate(plan.layout):
             base = rank * plan.local_tokens
@@ -332,6 +347,12 @@ class _Along:
                 base += hi - lo
         whole = torch.cat([piece for _, piece in sorted(pieces, key=lambda p: p[0])]) if pieces else local.clone()
         return whole[: plan.total_tokens].movedim(0, self.dim)
+
+    def _gather(self, local: Tensor, gathered: Tensor, group: ProcessGroup) -> None:
+        """As bytes, because gloo does not gather every dtype."""
+        parts, mine = list(gathered.view(self.plan.cp_size, -1).view(torch.uint8)), local.view(-1).view(torch.uint8)
+        what = f"{_UNSHARD}: all-gather over the cp group"
+        Communication(what, group, local.is_cuda, lambda: [dist.all_gather(parts, mine, group=group)]).wait()
 
 
 class _Shard(torch.autograd.Function):

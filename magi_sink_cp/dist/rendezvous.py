@@ -12,22 +12,27 @@ from collections.abc import Sequence
 from datetime import timedelta
 from typing import Any
 
+import torch
 import torch.distributed as dist
 import torch.distributed._symmetric_memory as symm_mem
 import torch.distributed.distributed_c10d as c10d
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
+from magi_sink_cp.dist.watchdog import timeout_s
+
 
 class CountingStore(dist.Store):
     """Stores "name/key" as "n/key", if name is the n-th that this rank asks for: the ranks agree though their names differ.
 
     It has what torch's exchange over a store uses: set, get and wait in 2.11 and 2.12, in 2.13 a barrier too, which adds.
+    Who waits for a key does so for ``timeout``, unless another one is asked for.
     """
 
-    def __init__(self, store: dist.Store) -> None:
+    def __init__(self, store: dist.Store, timeout: timedelta) -> None:
         super().__init__()
         self._store = store
+        self._timeout = timeout
         self._numbers: dict[str, int] = {}
 
     def _counted(self, key: str) -> str:
@@ -38,26 +43,28 @@ class CountingStore(dist.Store):
         self._store.set(self._counted(key), value)
 
     def get(self, key: str) -> bytes:
+        self.wait([key])
         return self._store.get(self._counted(key))
 
     def add(self, key: str, amount: int) -> int:
         return self._store.add(self._counted(key), amount)
 
     def wait(self, keys: Sequence[str], timeout: timedelta | None = None) -> None:
-        counted = [self._counted(key) for key in keys]
-        self._store.wait(counted) if timeout is None else self._store.wait(counted, timeout)
+        self._store.wait([self._counted(key) for key in keys], timeout or self._timeout)
 
 
 def rendezvous(buffer: Tensor, group: ProcessGroup, name: str) -> symm_mem._SymmetricMemory:
     """Map every rank's buffer, of symmetric memory, on all ranks of the group, each of which must call this.
 
-    ``name``: one that all of them give, and never twice.
+    ``name``: one that all of them give, and never twice. A rank waits for the others for half the group's timeout: one that could
+    not go on waits for it in another collective.
 
     Raises:
         RuntimeError: a rank is missing, or torch cannot map its memory.
     """
     group_name: Any = name  # of a type of torch's own in some versions
-    store = CountingStore(dist.PrefixStore(name, c10d._get_process_group_store(group)))
+    half = timedelta(seconds=timeout_s(group._get_backend(torch.device("cuda"))) / 2)
+    store = CountingStore(dist.PrefixStore(name, c10d._get_process_group_store(group)), half)
     stand_in = ProcessGroup(store, dist.get_rank(group), dist.get_world_size(group))
     c10d._register_process_group(group_name, stand_in)
     try:

@@ -36,7 +36,7 @@ from magi_sink_cp.dist.agreement import GroupRef, collect
 from magi_sink_cp.dist.rendezvous import rendezvous
 from magi_sink_cp.dist.schedule import Exchange
 from magi_sink_cp.dist.transport import Own, Transfer, Transport
-from magi_sink_cp.dist.watchdog import watch
+from magi_sink_cp.dist.watchdog import Communication, watch
 from magi_sink_cp.kernels.flash import NotUsableError
 
 _READY, _ARRIVED = 0, 1
@@ -44,6 +44,7 @@ _READY, _ARRIVED = 0, 1
 _FLAG_BYTES = 128
 _ALIGNMENT = 256
 _GRANULE = 2 << 20
+_SETTING_UP = "symmetric memory: setting it up over the cp group"
 # Packed documents make buffers of ever new sizes.
 _MOST_VIEWS = 128
 
@@ -70,7 +71,7 @@ class Streams(Protocol):
     def copy(self, target: int, source: int, num_bytes: int, stream: int) -> None: ...
     def write_flag(self, address: int, value: int, stream: int) -> None: ...
     def wait_flag(self, address: int, value: int, stream: int) -> None: ...
-    def watch(self, exchange: Exchange) -> None: ...
+    def watch(self, exchange: Exchange, stream: int) -> None: ...
     def idle(self) -> None: ...
 
 
@@ -165,6 +166,7 @@ class SymmetricMemory(Transport):
                 for peer in awaited:
                     streams.write_flag(self._flag(peer, _ARRIVED, self._rank), number, copying)
                 sent = streams.record(copying)
+                streams.watch(exchange, copying)
             arrivals = [self._flag(self._rank, _ARRIVED, peer) for peer in sources]
         return _SymmetricTransfer(exchange, buffers, list(tensors), streams, number, (filled, sent), arrivals, part)
 
@@ -246,14 +248,13 @@ class _SymmetricTransfer(Transfer):
         for flag in self._arrivals:
             self._streams.wait_flag(flag, self._number, calling)
         if self._arrivals:
-            self._streams.watch(self._exchange)
+            self._streams.watch(self._exchange, calling)
 
     def _release(self) -> None:
         calling = self._streams.calling()
         self._part.free = self._streams.record(calling)
         if self._sent is not None:
             self._streams.wait(calling, self._sent)
-            self._streams.watch(self._exchange)
         self._tensors = []
 
 
@@ -297,7 +298,7 @@ class _Cuda:
             torch.cuda.synchronize(self._device)
         except Exception as error:  # whatever the driver or torch says, it is the reason
             reason = f"{num_bytes} bytes of symmetric memory: {type(error).__name__}: {error}"[:400]
-        records = collect({"reason": reason, "name": f"magi_sink_cp {uuid.uuid4()}"}, group, "symmetric memory")
+        records = collect({"reason": reason, "name": f"magi_sink_cp {uuid.uuid4()}"}, group, _SETTING_UP)
         _raise_first_reason(records)
         offset = 0
         try:
@@ -307,7 +308,7 @@ class _Cuda:
             offset = buffer.data_ptr() - handle.buffer_ptrs[rank]  # torch may have put it into a larger block
         except Exception as error:
             reason = f"mapping symmetric memory of the other ranks: {type(error).__name__}: {error}"[:400]
-        records = collect({"reason": reason, "offset": offset}, group, "symmetric memory")
+        records = collect({"reason": reason, "offset": offset}, group, _SETTING_UP)
         _raise_first_reason(records)
         assert buffer is not None, "there was no reason against it"
         assert handle is not None, "there was no reason against it"
@@ -317,7 +318,11 @@ class _Cuda:
 
     def idle(self) -> None:
         torch.cuda.synchronize(self._device)
-        dist.barrier(self._group(), device_ids=[self._device.index])
+        group, device_ids = self._group(), [self._device.index]
+        barrier = Communication(
+            "symmetric memory: barrier over the cp group", group, True, lambda: [dist.barrier(group, device_ids=device_ids)]
+        )
+        barrier.wait()
         torch.cuda.synchronize(self._device)
 
     def calling(self) -> int:
@@ -346,8 +351,8 @@ class _Cuda:
     def wait_flag(self, address: int, value: int, stream: int) -> None:
         driver.wait_flag(address, value, stream)
 
-    def watch(self, exchange: Exchange) -> None:
-        watch(exchange, self._group())
+    def watch(self, exchange: Exchange, stream: int) -> None:
+        watch(exchange, self._group(), stream)
 
 
 @contextlib.contextmanager
@@ -374,7 +379,7 @@ def connect(group: ProcessGroup) -> SymmetricMemory | str:
             missing_nvlink = driver.missing_nvlink()
         except Exception as error:  # whatever the driver or torch says, it is the reason
             reason = f"{type(error).__name__}: {error}"[:400]
-    records = collect({"reason": reason, "host": _host(), "nvlink": missing_nvlink}, group, "symmetric memory")
+    records = collect({"reason": reason, "host": _host(), "nvlink": missing_nvlink}, group, _SETTING_UP)
     try:
         _raise_first_reason(records)
         if len({record["host"] for record in records}) > 1:

@@ -19,7 +19,7 @@ from torch.distributed import ProcessGroup
 from magi_sink_cp.dist.agreement import GroupRef
 from magi_sink_cp.dist.layout import Range
 from magi_sink_cp.dist.schedule import Exchange, Message
-from magi_sink_cp.dist.watchdog import failing_as, waiting_for
+from magi_sink_cp.dist.watchdog import Communication
 
 Own = Sequence[tuple[Range, Range]]
 
@@ -116,15 +116,15 @@ class _PointToPointTransfer(Transfer):
     def __init__(self, exchange: Exchange, buffers: list[Tensor], operations: list[dist.P2POp], group: ProcessGroup) -> None:
         super().__init__(exchange, buffers)
         self._operations = operations  # keeps the sent tensors alive
-        self._group = group
-        with failing_as(exchange):
-            self._works = dist.batch_isend_irecv(operations) if operations else []
+        self._communication = None
+        if operations:
+            on_gpu = operations[0].tensor.is_cuda
+            self._communication = Communication(exchange, group, on_gpu, lambda: dist.batch_isend_irecv(operations))
 
     def _wait(self) -> None:
-        with waiting_for(self._exchange, self._group, on_gpu=bool(self._works) and self._operations[0].tensor.is_cuda):
-            for work in self._works:
-                work.wait()
-        self._operations, self._works = [], []
+        if self._communication is not None:
+            self._communication.wait()
+        self._operations = []
 
     def _release(self) -> None:
         pass

@@ -1,10 +1,12 @@
-"""What a rank says when other ranks do not bring what it waits for. A GPU's queue that waits can raise nothing: it is watched.
+"""What a rank says when other ranks do not bring what it waits for, and how it ends.
 
-After each communication the stream counts up a word in pinned memory; a thread looks at it, without a call to CUDA. When one is
-not through after nine tenths of the group's timeout, it says which, and aborts the process, as NCCL's own watchdog does at the
-full timeout without knowing what the message was for. When NCCL reports an error before, as it does over sockets
-when a process died, the thread says at once what was under way; torch then ends the process when its flight recorder is written, if
-those nine tenths do not pass first.
+A GPU's queue that waits can raise nothing. Nor can a host that NCCL holds until the other ranks come (the first messages between
+two ranks), or CUDA until the queue is through (a kernel that is loaded). So a thread watches all communication from its start:
+streams write words in pinned memory when they are through, and the thread makes no call to CUDA unless something is late. What is
+not through after nine tenths of the group's timeout is named, and the process aborted, as NCCL's own watchdog does at the full
+timeout, where it sees the work, without knowing what it was for. When NCCL reports an error before, as it does over sockets when a
+process died, the thread says at once what was under way; torch then ends the process when its flight recorder is written, if those
+nine tenths do not pass first.
 """
 
 from __future__ import annotations
@@ -18,7 +20,7 @@ import threading
 import time
 import weakref
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -29,6 +31,7 @@ from torch.distributed import ProcessGroup
 from magi_sink_cp.dist import driver
 
 _INTERVAL_S = 0.5
+_STDERR_S = 2.0
 _SLOTS = 1 << 14
 
 
@@ -40,13 +43,33 @@ class _Watched:
     told: bool = False
 
 
-@dataclass(frozen=True)
+@dataclass(eq=False)
 class _Expected:
+    """A word that a stream is to write, or, while there is a ``communication``, that the host will have written."""
+
     number: int
     started: float
-    timeout_s: float  # the group's at the start; a later one is for what starts later, as in torch
+    timeout_s: float  # the group's when it started; one that is set later is for what starts later
     what: object
     group: _Watched
+    communication: weakref.ref[Communication] | None
+
+    def is_late(self, now: float) -> bool:
+        """A host may take its time before it waits for what has come."""
+        return now - self.started > 0.9 * self.timeout_s and not self._is_left_to_the_host()
+
+    def _is_left_to_the_host(self) -> bool:
+        reference = self.communication
+        if reference is None:
+            return False
+        communication = reference()
+        # NCCL's works count as completed after an error.
+        return communication is None or (_error_of(self.group.backend) is None and communication.has_come())
+
+    def is_given_up(self) -> bool:
+        """This rank will not wait for it: what started it failed otherwise."""
+        reference = self.communication
+        return reference is not None and reference() is None
 
 
 class _Watchdog:
@@ -61,12 +84,27 @@ class _Watchdog:
         self._seen = (ctypes.c_uint32 * _SLOTS).from_address(self._address)
         threading.Thread(target=self._run, name="magi_sink_cp watchdog", daemon=True).start()
 
-    def watch(self, what: object, group: _Watched, stream: int) -> None:
+    def expect(self, what: object, group: _Watched, communication: Communication | None = None) -> _Expected:
         with self._lock:
             self._count += 1
             number = self._count & 0x7FFFFFFF
-        driver.write_flag(self._address + 4 * (number % _SLOTS), number, stream)
-        self._waiting.append(_Expected(number, time.monotonic(), _timeout_s(group.backend), what, group))
+        reference = None if communication is None else weakref.ref(communication)
+        expected = _Expected(number, time.monotonic(), timeout_s(group.backend), what, group, reference)
+        self._waiting.append(expected)
+        return expected
+
+    def write(self, expected: _Expected, stream: int) -> None:
+        """The host is through; from here ``stream`` is waited for."""
+        expected.started = time.monotonic()
+        try:
+            driver.write_flag(self._address + 4 * (expected.number % _SLOTS), expected.number, stream)
+        except BaseException:
+            self.drop(expected)
+            raise
+        expected.communication = None
+
+    def drop(self, expected: _Expected) -> None:
+        self._seen[expected.number % _SLOTS] = expected.number
 
     def _run(self) -> None:
         while not self.stopped.wait(_INTERVAL_S):
@@ -80,7 +118,7 @@ class _Watchdog:
         first: dict[_Watched, _Expected] = {}
         for expected in pending:
             first.setdefault(expected.group, expected)
-            if now - expected.started > 0.9 * expected.timeout_s:
+            if expected.is_late(now):
                 _abort(expected.what, now - expected.started)
         for group, expected in first.items():
             if not group.told and (error := _error_of(group.backend)) and not self._through(expected):
@@ -88,8 +126,8 @@ class _Watchdog:
                 _report(expected.what, now - expected.started, error)
 
     def _through(self, expected: _Expected) -> bool:
-        """Of two transfers that share a word, _SLOTS apart, the later one's number says that both are through."""
-        return (self._seen[expected.number % _SLOTS] - expected.number) & 0x7FFFFFFF < 0x40000000
+        """Of two that share a word, _SLOTS apart, the later one's number says that both are through."""
+        return expected.is_given_up() or (self._seen[expected.number % _SLOTS] - expected.number) & 0x7FFFFFFF < 0x40000000
 
 
 def _error_of(backend: object) -> str | None:
@@ -111,51 +149,94 @@ def _report(what: object, waited_s: float, error: str) -> None:
 def _abort(what: object, waited_s: float) -> None:
     _say(
         f"{what} did not finish within {waited_s:.0f} s: another rank died, hangs, or made other calls. "
-        "This process ends now, because its GPU waits for data that will not come."
+        "This process ends now, because it or its GPU waits for what will not come."
     )
     os.abort()
 
 
 def _say(text: str) -> None:
-    with contextlib.suppress(Exception):  # a stderr that is closed, or a user's own: what comes after must come
-        print(f"magi_sink_cp: {text}", file=sys.stderr, flush=True)
+    """What comes after must come: a stderr that fails is left, as is one that takes nothing for some seconds."""
+    speaker = threading.Thread(
+        target=print, args=(f"magi_sink_cp: {text}",), kwargs={"file": sys.stderr, "flush": True}, daemon=True
+    )
+    with contextlib.suppress(RuntimeError):  # no thread can be started
+        speaker.start()
+        speaker.join(_STDERR_S)
 
 
 _watchdog: _Watchdog | None = None
 _watched: weakref.WeakKeyDictionary[ProcessGroup, _Watched] = weakref.WeakKeyDictionary()
 
 
-@contextlib.contextmanager
-def failing_as(what: object) -> Iterator[None]:
-    """Communication that fails or times out in this block says what it was for."""
-    try:
-        yield
-    except RuntimeError as error:
-        raise RuntimeError(f"{what} failed; a rank has died, hangs, or made other calls: {error}") from error
+class Communication:
+    """What the ranks of a group do together for one purpose, from its start until it is waited for.
+
+    A failure says what it was for, and so does the end of a process that waits longer than the group's timeout.
+    """
+
+    def __init__(self, what: object, group: ProcessGroup, on_gpu: bool, start: Callable[[], Iterable[dist.Work | None]]) -> None:
+        """``start`` starts it; None instead of a Work is an operation that is waited for already."""
+        self._what = what
+        self._works: list[dist.Work] | None = None
+        self._expected: _Expected | None = None
+        if on_gpu and not torch.cuda.is_current_stream_capturing():  # a graph's replays have no host that counts
+            self._expected = _get_watchdog().expect(what, _get_watched(group), self)
+        with self._naming():
+            self._works = [work for work in start() if work is not None]
+
+    def wait(self) -> None:
+        """Make the current stream (on GPUs) or this thread (on CPUs) wait for it.
+
+        Raises:
+            RuntimeError: it failed.
+        """
+        with self._naming():
+            for work in self._works or ():
+                work.wait()
+        self._works = []
+        if self._expected is not None:
+            _get_watchdog().write(self._expected, torch.cuda.current_stream().cuda_stream)
+
+    def has_come(self) -> bool:
+        """Every operation has been started and is through. To be called from any thread."""
+        works = self._works
+        try:
+            return works is not None and all(work.is_completed() for work in works)
+        except RuntimeError:  # CUDA itself has failed
+            return False
+
+    @contextlib.contextmanager
+    def _naming(self) -> Iterator[None]:
+        try:
+            yield
+        except BaseException as error:
+            if self._expected is not None:
+                _get_watchdog().drop(self._expected)
+            if isinstance(error, RuntimeError):
+                raise RuntimeError(f"{self._what} failed; a rank has died, hangs, or made other calls: {error}") from error
+            raise
 
 
-@contextlib.contextmanager
-def waiting_for(what: object, group: ProcessGroup, on_gpu: bool) -> Iterator[None]:
-    """The host, or on a GPU the current stream, waits in this block. What it waits for is named if it does not come."""
-    with failing_as(what):
-        yield
-    if on_gpu:
-        watch(what, group)
+def watch(what: object, group: ProcessGroup, stream: int) -> None:
+    """Expect ``stream`` to come this far within the group's timeout."""
+    watchdog = _get_watchdog()
+    watchdog.write(watchdog.expect(what, _get_watched(group)), stream)
 
 
-def watch(what: object, group: ProcessGroup) -> None:
-    """Expect the current stream to come this far within the group's timeout."""
+def _get_watchdog() -> _Watchdog:
     global _watchdog
-    if torch.cuda.is_current_stream_capturing():
-        return
     if _watchdog is None:
         _watchdog = _Watchdog(torch.zeros(_SLOTS, dtype=torch.int32, device="cpu", pin_memory=True))
+    return _watchdog
+
+
+def _get_watched(group: ProcessGroup) -> _Watched:
     if group not in _watched:
         _watched[group] = _Watched(group._get_backend(torch.device("cuda")))
-    _watchdog.watch(what, _watched[group], torch.cuda.current_stream().cuda_stream)
+    return _watched[group]
 
 
-def _timeout_s(backend: object) -> float:
-    """That of what the backend starts now."""
+def timeout_s(backend: object) -> float:
+    """That of what the backend, a process group's for one device type, starts now."""
     timeout = getattr(getattr(backend, "options", None), "_timeout", None)
     return (timeout if isinstance(timeout, datetime.timedelta) else dist.constants.default_pg_timeout).total_seconds()

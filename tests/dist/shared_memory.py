@@ -111,7 +111,7 @@ class HostStreams:
 
         self._do(stream, lambda: self._until(reached, f"flag {value}"))
 
-    def watch(self, exchange) -> None:
+    def watch(self, exchange, stream: int) -> None:
         self.watched.append(str(exchange))
 
     def idle(self) -> None:

@@ -18,7 +18,12 @@ from tests.dist.ranks import RANKS_PER_GPU, under_torchrun
 TIMEOUT_S = 8
 ROOT = Path(__file__).parents[2]
 WAYS = ["dies in forward", "dies in backward", "hangs in forward", "hangs in backward"]
-COLLECTIVES = {"dsink": "all-reduce of dsink over the cp group", "unshard": "CPPlan.unshard .*over the cp group"}
+COLLECTIVES = {
+    "dsink": "cp_attention_with_sink: all-reduce of dsink over the cp group",
+    "unshard": "CPPlan.unshard .*: all-gather over the cp group",
+    "comparison": "cp_attention_with_sink: comparing arguments over the cp group",
+}
+FIRST_COMPARISON = "make_cp_plan: comparing arguments over the cp group"
 
 
 @contextmanager
@@ -82,6 +87,11 @@ def test_collectives_of_gloo(fault, place, tmp_path):
     check(run_faulty(f"{fault} in {place}", "gloo", 2, tmp_path), COLLECTIVES[place])
 
 
+@pytest.mark.skipif(under_torchrun(), reason="starts its own ranks")
+def test_a_rank_that_never_arrives_on_gloo(tmp_path):
+    check(run_faulty("hangs early in comparison", "gloo", 2, tmp_path), FIRST_COMPARISON)
+
+
 @pytest.mark.gpu(ranks=2)
 @pytest.mark.skipif(under_torchrun(), reason="starts its own ranks")
 @pytest.mark.parametrize("way", WAYS)
@@ -103,10 +113,26 @@ def test_collectives_of_gpus(fault, place, transport, tmp_path):
 
 @pytest.mark.gpu(ranks=2)
 @pytest.mark.skipif(under_torchrun(), reason="starts its own ranks")
+@pytest.mark.parametrize(
+    ("place", "transport", "what"),
+    [
+        ("comparison", "nccl", FIRST_COMPARISON),
+        ("forward", "nccl", stages("group_cast")),
+        ("rendezvous", "symm_mem", "symmetric memory: setting it up over the cp group"),
+        ("barrier", "symm_mem", "symmetric memory: barrier over the cp group"),
+    ],
+)
+def test_a_rank_that_never_arrives_on_gpus(place, transport, what, tmp_path):
+    """At what these two do together for the first time, for which NCCL holds the host."""
+    check(run_faulty(f"hangs early in {place}", transport, 2, tmp_path), what)
+
+
+@pytest.mark.gpu(ranks=2)
+@pytest.mark.skipif(under_torchrun(), reason="starts its own ranks")
 @pytest.mark.skipif(
     RANKS_PER_GPU == 1, reason="within a host NCCL does not notice that a rank died; ranks that share a GPU use sockets"
 )
-@pytest.mark.parametrize("place", ["forward", "backward", "dsink", "unshard"])
+@pytest.mark.parametrize("place", ["forward", "backward", *COLLECTIVES])
 def test_a_death_that_nccl_notices_is_named_at_once(place, tmp_path):
     """Long before nine tenths of the timeout. Torch ends the process a minute later, after its flight recorder."""
     with faulty_ranks(f"dies later in {place}", "nccl", 2, tmp_path, timeout_s=200) as processes:

@@ -208,6 +208,25 @@ def body_later(group, device, *, what) -> None:
     assert call(plan, softmax_scale=0.1).shape == (6, 2, 4), "the group still works"
 
 
+def test_devices_from_which_nothing_travels():
+    run_on_ranks(2, body_devices)
+
+
+def body_devices(group, device) -> None:
+    plan = make_cp_plan(12, group=group)
+    with (
+        mock.patch.object(plan_module, "backend_for", return_value=None),
+        pytest.raises(ValueError, match="x must be on the plan's device, cpu, got cpu, from where the cp group sends nothing"),
+    ):
+        plan.unshard(torch.zeros(6))
+    with (
+        mock.patch.object(plan, "device", torch.device("cuda", 1)),
+        mock.patch.object(torch.cuda, "current_device", return_value=0),
+        pytest.raises(ValueError, match="the current device must be the plan's, cuda:1, got cuda:0"),
+    ):
+        call(plan)
+
+
 def test_unshard_of_tensors_that_differ_raises_on_every_rank():
     run_on_ranks(2, body_unshard_disagreement)
 
