@@ -386,6 +386,54 @@ def test_a_host_may_take_its_time_before_it_waits_for_what_has_come(group, dog, 
     assert aborted[-1] == ("all-reduce of dsink", 55)
 
 
+def test_a_host_that_waits_while_it_is_looked_at_is_not_late(group, dog, clock, aborted):
+    """The two threads as unluckily as they can be: write() runs after the time was read."""
+    work = Work(group._get_backend())
+    work.through = True
+    communication = watchdog.Communication("all-reduce of dsink", group, True, lambda: [work])
+
+    class Waits(float):
+        def __rmul__(self, other):
+            communication.wait()
+            return other * float(self)
+
+    [expected] = dog._waiting
+    expected.timeout_s = Waits(expected.timeout_s)
+    clock.now += 55
+    dog._look()
+    assert expected.communication is None, "it waited in that moment"
+    assert not aborted
+
+
+def test_a_communication_given_up_while_it_is_looked_at_is_not_late(group, dog, clock, aborted):
+    kept = [watchdog.Communication("all-reduce of dsink", group, True, lambda: [Work(group._get_backend())])]
+    through = dog._through
+
+    def then_given_up(expected):
+        result = through(expected)
+        kept.clear()
+        return result
+
+    clock.now += 55
+    with mock.patch.object(dog, "_through", then_given_up):
+        dog._look()
+    assert not aborted
+
+
+def test_a_host_that_is_held_where_its_stream_shall_wait_is_named(group, dog, clock, aborted):
+    """By a queue of the driver that is full."""
+    work = Work(group._get_backend())
+    communication = watchdog.Communication("all-reduce of dsink", group, True, lambda: [work])
+
+    def held(address, value, stream):
+        clock.now += 55
+        dog._look()
+
+    with mock.patch.object(watchdog.driver, "write_flag", held):
+        communication.wait()
+    assert aborted == [("all-reduce of dsink", 55)]
+
+
 def test_after_an_error_of_nccl_what_was_started_is_late_though_its_works_say_completed(group, dog, clock, aborted):
     communication = watchdog.Communication("all-reduce of dsink", group, True, lambda: [Work(group._get_backend())])
     group._get_backend().error = "COMM_ERROR"
@@ -431,12 +479,19 @@ def test_what_a_rank_gives_up_is_not_waited_for(group, dog, enqueued, clock, abo
 
 @pytest.mark.parametrize("on_gpu", [False, True])
 @pytest.mark.parametrize("at", ["start", "wait"])
-def test_communication_that_fails_says_what_it_was_for_and_is_over(group, dog, enqueued, on_gpu, at):
+@pytest.mark.parametrize(
+    ("error", "raised", "text"),
+    [
+        (RuntimeError("connection reset"), RuntimeError, "all-reduce of dsink failed; a rank has died, .*: connection reset"),
+        (KeyboardInterrupt(), KeyboardInterrupt, None),
+    ],
+)
+def test_communication_that_fails_says_what_it_was_for_and_is_over(group, dog, enqueued, on_gpu, at, error, raised, text):
     def fail():
-        raise RuntimeError("connection reset")
+        raise error
 
     start = fail if at == "start" else lambda: [SimpleNamespace(wait=fail, is_completed=lambda: False)]
-    with pytest.raises(RuntimeError, match="all-reduce of dsink failed; a rank has died, .*: connection reset") as kept:
+    with pytest.raises(raised, match=text) as kept:
         watchdog.Communication("all-reduce of dsink", group, on_gpu, start).wait()
     dog._look()
     assert kept.value.__traceback__, "which holds the communication"

@@ -39,10 +39,14 @@ class Signature:
         self.key = repr((what, content))
 
 
+def backends_of(group: ProcessGroup) -> dict[str, str]:
+    """The name of the group's backend for each device type that has one."""
+    return dict(entry.split(":") for entry in dist.get_backend_config(group).split(","))
+
+
 def backend_for(group: ProcessGroup, device_type: str) -> str | None:
     """The backend by which the group moves tensors of a device type, or None: "nccl" for CUDA tensors, "gloo" for the CPU's."""
-    configured = dict(entry.split(":") for entry in dist.get_backend_config(group).split(","))
-    name = configured.get(device_type)
+    name = backends_of(group).get(device_type)
     return None if (device_type, name) == ("cuda", "gloo") else name  # gloo sends no CUDA tensors from rank to rank
 
 

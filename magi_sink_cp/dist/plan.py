@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import itertools
 import logging
 import weakref
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,7 +18,7 @@ from torch.autograd.function import once_differentiable
 from torch.distributed import ProcessGroup
 from torch.distributed.device_mesh import DeviceMesh
 
-from magi_sink_cp.dist.agreement import GroupRef, Signature, agree, backend_for, group_device
+from magi_sink_cp.dist.agreement import GroupRef, Signature, agree, backend_for, backends_of, group_device
 from magi_sink_cp.dist.layout import LAYOUTS, Range, RankRanges, num_tokens, union
 from magi_sink_cp.dist.overlap import Overlap, Work, choose_overlap
 from magi_sink_cp.dist.schedule import (
@@ -61,7 +62,8 @@ def make_cp_plan(
 
     Args:
         total_tokens: tokens of the whole sequence, before padding. It need not divide by anything.
-        group: the cp group: a ProcessGroup, a 1-D DeviceMesh, or None for one device (the same script without torchrun).
+        group: the cp group: a ProcessGroup, a 1-D DeviceMesh, or None for one device (the same script without torchrun). On
+            GPUs its timeout covers also what torch waits for without end: NCCL's setting up, and the last rank's first call.
         cu_seqlens: int32 (documents + 1,) offsets of packed documents, from 0 to total_tokens, zero lengths included; a tensor
             on any device or a sequence of ints. None is one document.
         layout: "zigzag": rank r holds chunks r and 2·cp - 1 - r of 2·cp equal chunks. "balanced": more, smaller chunks, dealt
@@ -177,9 +179,11 @@ class CPPlan:
         The gradient of x is whole on every rank again: an all-gather, so every rank must run backward through it if any does.
 
         Raises:
-            ValueError: the size along dim is not total_tokens.
+            ValueError: the size along dim is not total_tokens, or the gradient of x cannot travel, as under :meth:`unshard`.
         """
         self._check_size(x, dim, self.total_tokens, "total_tokens")
+        if x.requires_grad:
+            self._check_can_travel(x)
         return _Shard.apply(x, dim, self)
 
     def unshard(self, x: Tensor, dim: int = 0) -> Tensor:
@@ -277,10 +281,15 @@ class CPPlan:
         if isinstance(signature, Exception):
             if self._agreed and not every_time:
                 raise signature
-            agree(signature, group, what)
+            self._agree_on_its_device(signature, group, what)
         elif every_time or signature.key not in self._agreed:
-            agree({"plan (sha256)": self._digest, **signature.content}, group, what)
+            self._agree_on_its_device({"plan (sha256)": self._digest, **signature.content}, group, what)
             self._agreed.add(signature.key)
+
+    def _agree_on_its_device(self, record: Mapping[str, object] | Exception, group: ProcessGroup, what: str) -> None:
+        """Where the current device is another one, the ranks can still tell each other."""
+        with torch.cuda.device(self.device) if self.device.type == "cuda" else contextlib.nullcontext():
+            agree(record, group, what)
 
     def check_current_device(self) -> None:
         """ValueError where the plan's GPU is not the current one, whose streams communication would then not be ordered with."""
@@ -288,14 +297,15 @@ class CPPlan:
             raise ValueError(f"the current device must be the plan's, {self.device}, got cuda:{torch.cuda.current_device()}")
 
     def _check_can_travel(self, x: Tensor) -> None:
-        if self.group is None or self.transport is None:
+        if self.group is None:
             return
-        if x.is_cuda and x.device == self.device:
+        backends = backends_of(self.group)
+        if x.device.type not in backends:
+            raise ValueError(f"x must be on a device for which the cp group has a backend, {sorted(backends)}, got {x.device}")
+        if x.device.type == self.device.type == "cuda":
+            if x.device != self.device:
+                raise ValueError(f"x must be on the plan's device, {self.device}, got {x.device}")
             self.check_current_device()
-        elif x.is_cuda or backend_for(self.group, x.device.type) is None:
-            raise ValueError(
-                f"x must be on the plan's device, {self.device}, got {x.device}, from where the cp group sends nothing"
-            )
 
     def _check_size(self, x: Tensor, dim: int, size: int, what: str) -> None:
         if not isinstance(x, Tensor):

@@ -56,15 +56,14 @@ class _Expected:
 
     def is_late(self, now: float) -> bool:
         """A host may take its time before it waits for what has come."""
-        return now - self.started > 0.9 * self.timeout_s and not self._is_left_to_the_host()
-
-    def _is_left_to_the_host(self) -> bool:
-        reference = self.communication
-        if reference is None:
+        reference = self.communication  # read before the time, which write() sets first
+        if now - self.started <= 0.9 * self.timeout_s:
             return False
+        if reference is None:
+            return True
         communication = reference()
         # NCCL's works count as completed after an error.
-        return communication is None or (_error_of(self.group.backend) is None and communication.has_come())
+        return communication is not None and (_error_of(self.group.backend) is not None or not communication.has_come())
 
     def is_given_up(self) -> bool:
         """This rank will not wait for it: what started it failed otherwise."""
@@ -193,9 +192,9 @@ class Communication:
         with self._naming():
             for work in self._works or ():
                 work.wait()
-        self._works = []
         if self._expected is not None:
             _get_watchdog().write(self._expected, torch.cuda.current_stream().cuda_stream)
+        self._works = []  # which hold tensors
 
     def has_come(self) -> bool:
         """Every operation has been started and is through. To be called from any thread."""

@@ -1,6 +1,7 @@
 """One rank of tests/dist/test_faults.py: ``way transport num_ranks store timeout_s rank``. The last rank is the faulty one.
 
-``way`` is "dies in PLACE", "dies later in PLACE", "hangs in PLACE", or "hangs early in PLACE", where it comes there first.
+``way`` is "dies in PLACE", "dies later in PLACE", "hangs in PLACE", "hangs early in PLACE", where it comes there first, or
+"hangs, held in dsink", where CUDA holds the others before they wait for it.
 """
 
 from __future__ import annotations
@@ -59,6 +60,11 @@ def main() -> None:
         print(f"ready at {time.monotonic()}", file=sys.stderr, flush=True)
         if rank == ranks - 1:
             setattr(*PLACES[place], fault)
+        elif "held" in way:
+            freed = torch.empty(1 << 28, dtype=torch.uint8, device=device)
+            del freed
+            result = attention._SinkGradient.result
+            attention._SinkGradient.result = lambda this: (torch.cuda.empty_cache(), result(this))[1]  # waits for the GPU
 
     if "early" in way:
         if place != "comparison":  # in which NCCL connects the ranks

@@ -65,7 +65,7 @@ class HostStreams:
         self._folder = folder[0]
         self._streams = {stream: _Stream(self._pause) for stream in (1, 2)}
         self.allocations = 0
-        self.watched: list[str] = []
+        self.watched: list[tuple[str, int]] = []
 
     def check(self) -> None:
         pass
@@ -112,7 +112,7 @@ class HostStreams:
         self._do(stream, lambda: self._until(reached, f"flag {value}"))
 
     def watch(self, exchange, stream: int) -> None:
-        self.watched.append(str(exchange))
+        self.watched.append((str(exchange), stream))
 
     def idle(self) -> None:
         for stream in self._streams.values():

@@ -10,6 +10,7 @@ from unittest import mock
 import pytest
 import torch
 import torch.distributed as dist
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.distributed.device_mesh import DeviceMesh
 
 from magi_sink_cp import cp_attention_with_sink, make_cp_plan
@@ -214,17 +215,31 @@ def test_devices_from_which_nothing_travels():
 
 def body_devices(group, device) -> None:
     plan = make_cp_plan(12, group=group)
-    with (
-        mock.patch.object(plan_module, "backend_for", return_value=None),
-        pytest.raises(ValueError, match="x must be on the plan's device, cpu, got cpu, from where the cp group sends nothing"),
-    ):
-        plan.unshard(torch.zeros(6))
+    meta = torch.zeros(6, device="meta")
+    for shard_or_unshard in (plan.unshard, lambda x: plan.shard(torch.zeros(12, device="meta", requires_grad=True))):
+        with pytest.raises(
+            ValueError, match=r"x must be on a device for which the cp group has a backend, \[.*'cpu'.*\], got meta"
+        ):
+            shard_or_unshard(meta)
+    assert plan.shard(torch.zeros(12, device="meta")).shape == (6,), "without a gradient nothing travels"
+    wrong = "the current device must be the plan's, cuda:1, got cuda:0"
     with (
         mock.patch.object(plan, "device", torch.device("cuda", 1)),
         mock.patch.object(torch.cuda, "current_device", return_value=0),
-        pytest.raises(ValueError, match="the current device must be the plan's, cuda:1, got cuda:0"),
+        FakeTensorMode(),
+    ):
+        with pytest.raises(ValueError, match="x must be on the plan's device, cuda:1, got cuda:0"):
+            plan._check_can_travel(torch.zeros(6, device="cuda:0"))
+        with pytest.raises(ValueError, match=wrong):
+            plan._check_can_travel(torch.zeros(6, device="cuda:1"))
+    with (
+        mock.patch.object(plan, "device", torch.device("cuda", 1)),
+        mock.patch.object(torch.cuda, "current_device", return_value=0),
+        mock.patch.object(torch.cuda, "device") as device_for,
+        pytest.raises(ValueError, match=wrong),
     ):
         call(plan)
+    device_for.assert_called_once_with(torch.device("cuda", 1))  # on which the ranks compare
 
 
 def test_unshard_of_tensors_that_differ_raises_on_every_rank():

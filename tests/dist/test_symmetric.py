@@ -19,6 +19,7 @@ from magi_sink_cp.dist import plan as plan_module
 from magi_sink_cp.dist import rendezvous as rendezvous_module
 from magi_sink_cp.dist import symmetric as symmetric_module
 from magi_sink_cp.dist.symmetric import SymmetricMemory
+from magi_sink_cp.dist.watchdog import timeout_s
 from magi_sink_cp.kernels.flash import NotUsableError
 from tests.dist.ranks import run_on_ranks
 from tests.dist.shared_memory import HostStreams
@@ -73,7 +74,24 @@ def body_plans(group, device) -> None:
             largest = max(largest, allocations)
             if turn > 3:
                 assert allocations == largest, "the arena is not reused"
-    assert transport._streams.watched
+
+
+def test_each_stream_that_waits_for_other_ranks_is_watched():
+    run_on_ranks(2, body_watched)
+
+
+def body_watched(group, device) -> None:
+    """Of three documents the first alone has tokens of both ranks: rank 0 sends its keys, rank 1 receives them."""
+    transport = transport_of(group)
+    with on(transport):
+        plan = make_cp_plan(16, group=group, cu_seqlens=[0, 8, 12, 16])
+        q, k, v = (torch.randn(8, 2, 8) for _ in range(3))
+        cp_attention_with_sink(q, k, v, plan=plan)
+    streams = transport._streams
+    if dist.get_rank(group) == 0:
+        assert streams.watched == [("group_cast of stage 1 (from cp ranks [], to cp ranks [1])", streams.copying())]
+    else:
+        assert streams.watched == [("group_cast of stage 1 (from cp ranks [0], to cp ranks [])", streams.calling())]
 
 
 @pytest.mark.parametrize("num_ranks", [2, 3])
@@ -221,6 +239,15 @@ def body_out_of_step(group, device) -> None:
             make_cp_plan(32, group=group)
 
 
+def test_a_rendezvous_waits_for_a_time_of_its_own():
+    store = rendezvous_module.CountingStore(dist.HashStore(), timedelta(milliseconds=200))
+    for wait in (lambda: store.get("name/key"), lambda: store.wait(["name/key"])):
+        begin = time.monotonic()
+        with pytest.raises(RuntimeError, match="[Tt]imeout"):
+            wait()
+        assert 0.1 < time.monotonic() - begin < 20, "the store's own time is 300 s"
+
+
 def test_a_rendezvous_counts_its_own_keys():
     run_on_ranks(4, body_rendezvous)
 
@@ -250,13 +277,19 @@ def body_rendezvous(group, device) -> None:
         alive.append(stand_in)
         return found
 
-    with mock.patch.object(rendezvous_module.symm_mem, "rendezvous", torch_rendezvous):
+    counting = mock.Mock(wraps=rendezvous_module.CountingStore)
+    with (
+        mock.patch.object(rendezvous_module.symm_mem, "rendezvous", torch_rendezvous),
+        mock.patch.object(rendezvous_module, "CountingStore", counting),
+    ):
         for name in ("first", "second") if dist.get_rank() in (1, 3) else ():
             mine = f"{name} of {dist.get_rank()}".encode() + bytes([0, 255])
             theirs = [f"{name} of {rank}".encode() + bytes([0, 255]) for rank in (1, 3)]
             assert rendezvous_module.rendezvous(mine, pair, name) == theirs
             with pytest.raises(RuntimeError, match=name):
                 dist.distributed_c10d._resolve_process_group(name)
+            [_, waits], _ = counting.call_args
+            assert waits == timedelta(seconds=timeout_s(pair._get_backend(device))) / 2, "who failed before waits as long"
 
 
 @pytest.mark.parametrize("fault", [None, "no driver", "no stream", "no memory", "no mapping", "no NVLink", "another host"])
