@@ -61,10 +61,8 @@ def main() -> None:
         if rank == ranks - 1:
             setattr(*PLACES[place], fault)
         elif "held" in way:
-            freed = torch.empty(1 << 28, dtype=torch.uint8, device=device)
-            del freed
             result = attention._SinkGradient.result
-            attention._SinkGradient.result = lambda this: (torch.cuda.empty_cache(), result(this))[1]  # waits for the GPU
+            attention._SinkGradient.result = lambda this: (torch.cuda.synchronize(), result(this))[1]
 
     if "early" in way:
         if place != "comparison":  # in which NCCL connects the ranks

@@ -130,7 +130,7 @@ def test_a_rank_that_never_arrives_on_gpus(place, transport, what, tmp_path):
 @pytest.mark.gpu(ranks=2)
 @pytest.mark.skipif(under_torchrun(), reason="starts its own ranks")
 def test_a_host_that_cuda_holds_is_named(tmp_path):
-    """Between the start and the wait, by memory that goes back to the system."""
+    """Between the start and the wait, as by a synchronization."""
     check(run_faulty("hangs, held in dsink", "nccl", 2, tmp_path), COLLECTIVES["dsink"])
 
 
