@@ -182,7 +182,7 @@ class CPPlan:
             ValueError: the size along dim is not total_tokens, or the gradient of x cannot travel, as under :meth:`unshard`.
         """
         self._check_size(x, dim, self.total_tokens, "total_tokens")
-        if x.requires_grad:
+        if x.requires_grad and torch.is_grad_enabled():
             self._check_can_travel(x)
         return _Shard.apply(x, dim, self)
 
@@ -199,6 +199,8 @@ class CPPlan:
         try:
             self._check_size(x, dim, self.local_tokens, "local_tokens")
             self._check_can_travel(x)
+            if x.is_cuda:
+                self.check_current_device()
         except Exception as error:
             self.agree(error, _UNSHARD)
             raise
@@ -302,10 +304,8 @@ class CPPlan:
         backends = backends_of(self.group)
         if x.device.type not in backends:
             raise ValueError(f"x must be on a device for which the cp group has a backend, {sorted(backends)}, got {x.device}")
-        if x.device.type == self.device.type == "cuda":
-            if x.device != self.device:
-                raise ValueError(f"x must be on the plan's device, {self.device}, got {x.device}")
-            self.check_current_device()
+        if x.device.type == self.device.type == "cuda" and x.device != self.device:
+            raise ValueError(f"x must be on the plan's device, {self.device}, got {x.device}")
 
     def _check_size(self, x: Tensor, dim: int, size: int, what: str) -> None:
         if not isinstance(x, Tensor):

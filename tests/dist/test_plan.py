@@ -215,31 +215,30 @@ def test_devices_from_which_nothing_travels():
 
 def body_devices(group, device) -> None:
     plan = make_cp_plan(12, group=group)
-    meta = torch.zeros(6, device="meta")
-    for shard_or_unshard in (plan.unshard, lambda x: plan.shard(torch.zeros(12, device="meta", requires_grad=True))):
-        with pytest.raises(
-            ValueError, match=r"x must be on a device for which the cp group has a backend, \[.*'cpu'.*\], got meta"
-        ):
-            shard_or_unshard(meta)
-    assert plan.shard(torch.zeros(12, device="meta")).shape == (6,), "without a gradient nothing travels"
+    without = r"x must be on a device for which the cp group has a backend, \[.*'cpu'.*\], got meta"
+    whole = torch.zeros(12, device="meta")
+    with pytest.raises(ValueError, match=without):
+        plan.unshard(whole[:6])
+    with pytest.raises(ValueError, match=without):
+        plan.shard(whole.clone().requires_grad_())
+    assert plan.shard(whole).shape == (6,), "without a gradient nothing travels"
+    with torch.no_grad():
+        assert plan.shard(whole.clone().requires_grad_()).shape == (6,)
+    with FakeTensorMode():
+        on_0, on_1 = (torch.zeros(6, device=f"cuda:{i}") for i in range(2))
     wrong = "the current device must be the plan's, cuda:1, got cuda:0"
     with (
         mock.patch.object(plan, "device", torch.device("cuda", 1)),
         mock.patch.object(torch.cuda, "current_device", return_value=0),
-        FakeTensorMode(),
+        mock.patch.object(torch.cuda, "device") as device_for,
     ):
         with pytest.raises(ValueError, match="x must be on the plan's device, cuda:1, got cuda:0"):
-            plan._check_can_travel(torch.zeros(6, device="cuda:0"))
+            plan.unshard(on_0)
         with pytest.raises(ValueError, match=wrong):
-            plan._check_can_travel(torch.zeros(6, device="cuda:1"))
-    with (
-        mock.patch.object(plan, "device", torch.device("cuda", 1)),
-        mock.patch.object(torch.cuda, "current_device", return_value=0),
-        mock.patch.object(torch.cuda, "device") as device_for,
-        pytest.raises(ValueError, match=wrong),
-    ):
-        call(plan)
-    device_for.assert_called_once_with(torch.device("cuda", 1))  # on which the ranks compare
+            plan.unshard(on_1)
+        with pytest.raises(ValueError, match=wrong):
+            call(plan)
+    assert device_for.call_args_list == [mock.call(torch.device("cuda", 1))] * 3, "where the ranks compare"
 
 
 def test_unshard_of_tensors_that_differ_raises_on_every_rank():
