@@ -355,6 +355,11 @@ class Work:
         """On GPUs the stream's wait is enqueued."""
 
 
+def all_reduce(group, *works) -> watchdog.Communication:
+    """Started on a GPU, and not yet waited for."""
+    return watchdog.Communication("all-reduce of dsink", group, True, lambda: works)
+
+
 def test_a_host_that_is_held_at_the_start_is_named(group, dog, clock, aborted):
     def start():
         clock.now += 53.9
@@ -372,7 +377,7 @@ def test_a_host_that_is_held_at_the_start_is_named(group, dog, clock, aborted):
 def test_a_host_may_take_its_time_before_it_waits_for_what_has_come(group, dog, clock, aborted, through):
     """A debugger, a compiler; but one that CUDA holds until what it started is through is named."""
     works = [Work(group._get_backend()) for _ in range(2)]
-    communication = watchdog.Communication("all-reduce of dsink", group, True, lambda: works)
+    communication = all_reduce(group, *works)
     works[0].through, works[1].through = True, through
     clock.now += 55
     dog._look()
@@ -390,7 +395,7 @@ def test_a_host_that_waits_while_it_is_looked_at_is_not_late(group, dog, clock, 
     """The two threads as unluckily as they can be: write() runs after the time was read."""
     work = Work(group._get_backend())
     work.through = True
-    communication = watchdog.Communication("all-reduce of dsink", group, True, lambda: [work])
+    communication = all_reduce(group, work)
 
     class Waits(float):
         def __rmul__(self, other):
@@ -406,7 +411,7 @@ def test_a_host_that_waits_while_it_is_looked_at_is_not_late(group, dog, clock, 
 
 
 def test_a_communication_given_up_while_it_is_looked_at_is_not_late(group, dog, clock, aborted):
-    kept = [watchdog.Communication("all-reduce of dsink", group, True, lambda: [Work(group._get_backend())])]
+    kept = [all_reduce(group, Work(group._get_backend()))]
     through = dog._through
 
     def then_given_up(expected):
@@ -423,7 +428,7 @@ def test_a_communication_given_up_while_it_is_looked_at_is_not_late(group, dog, 
 def test_a_host_that_is_held_where_its_stream_shall_wait_is_named(group, dog, clock, aborted):
     """By a queue of the driver that is full."""
     work = Work(group._get_backend())
-    communication = watchdog.Communication("all-reduce of dsink", group, True, lambda: [work])
+    communication = all_reduce(group, work)
 
     def held(address, value, stream):
         clock.now += 55
@@ -435,7 +440,7 @@ def test_a_host_that_is_held_where_its_stream_shall_wait_is_named(group, dog, cl
 
 
 def test_after_an_error_of_nccl_what_was_started_is_late_though_its_works_say_completed(group, dog, clock, aborted):
-    communication = watchdog.Communication("all-reduce of dsink", group, True, lambda: [Work(group._get_backend())])
+    communication = all_reduce(group, Work(group._get_backend()))
     group._get_backend().error = "COMM_ERROR"
     clock.now += 55
     dog._look()
@@ -445,7 +450,7 @@ def test_after_an_error_of_nccl_what_was_started_is_late_though_its_works_say_co
 
 def test_works_that_cannot_be_asked_are_late(group, dog, clock, aborted):
     work = SimpleNamespace(is_completed=mock.Mock(side_effect=RuntimeError("CUDA error")))
-    communication = watchdog.Communication("all-reduce of dsink", group, True, lambda: [work])
+    communication = all_reduce(group, work)
     clock.now += 55
     dog._look()
     assert aborted
@@ -467,7 +472,7 @@ def test_the_first_that_was_started_is_named_though_it_is_waited_for_last(group,
 
 
 def test_what_a_rank_gives_up_is_not_waited_for(group, dog, enqueued, clock, aborted):
-    communication = watchdog.Communication("all-reduce of dsink", group, True, lambda: [Work(group._get_backend())])
+    communication = all_reduce(group, Work(group._get_backend()))
     dog._look()
     assert len(dog._waiting) == 1
     del communication  # the pass failed on this rank
@@ -509,7 +514,7 @@ def test_on_cpus_nothing_is_watched(group, dog):
 def test_nothing_is_watched_in_a_graph(group, dog, enqueued, monkeypatch):
     """No host takes part in its replays."""
     monkeypatch.setattr(watchdog.torch.cuda, "is_current_stream_capturing", lambda: True)
-    watchdog.Communication("all-reduce of dsink", group, True, lambda: [Work(Backend())]).wait()
+    all_reduce(group, Work(Backend())).wait()
     assert not dog._waiting
     assert not enqueued
 
