@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from magi_sink_cp.dist.watchdog import Communication
@@ -90,8 +91,11 @@ def collect(record: Mapping[str, object], group: ProcessGroup, what: str) -> lis
     # On the attention's own device also where the group has gloo beside NCCL: NCCL's first operation of a group must be such a
     # collective, in which every rank takes part; in a stage of attention some have nothing to send.
     mine = torch.frombuffer(bytearray(encoded.ljust(_RECORD_BYTES)), dtype=torch.uint8).to(group_device(group))
-    gathered = mine.new_empty(dist.get_world_size(group) * _RECORD_BYTES)
-    parts = list(gathered.split(_RECORD_BYTES))
-    Communication(what, group, mine.is_cuda, lambda: [dist.all_gather(parts, mine, group=group)]).wait()
-    raw = bytes(gathered.tolist())
-    return [json.loads(raw[i : i + _RECORD_BYTES]) for i in range(0, len(raw), _RECORD_BYTES)]
+    return [json.loads(bytes(raw)) for raw in all_gather(mine, group, what).tolist()]
+
+
+def all_gather(mine: Tensor, group: ProcessGroup, what: str) -> Tensor:
+    """Of every rank its uint8 (bytes,), as (ranks, bytes): gloo does not gather every dtype. ``what``: what an error names."""
+    gathered = mine.new_empty(dist.get_world_size(group), mine.numel())
+    Communication(what, group, mine.is_cuda, lambda: [dist.all_gather(list(gathered), mine, group=group)]).wait()
+    return gathered

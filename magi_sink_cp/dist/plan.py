@@ -18,7 +18,7 @@ from torch.autograd.function import once_differentiable
 from torch.distributed import ProcessGroup
 from torch.distributed.device_mesh import DeviceMesh
 
-from magi_sink_cp.dist.agreement import GroupRef, Signature, agree, backend_for, backends_of, group_device
+from magi_sink_cp.dist.agreement import GroupRef, Signature, agree, all_gather, backend_for, backends_of, group_device
 from magi_sink_cp.dist.layout import LAYOUTS, Range, RankRanges, num_tokens, union
 from magi_sink_cp.dist.overlap import Overlap, Work, choose_overlap
 from magi_sink_cp.dist.schedule import (
@@ -31,7 +31,6 @@ from magi_sink_cp.dist.schedule import (
 )
 from magi_sink_cp.dist.symmetric import SymmetricMemory, connect
 from magi_sink_cp.dist.transport import PointToPoint, Transport
-from magi_sink_cp.dist.watchdog import Communication
 from magi_sink_cp.kernels.inputs import check_offsets, read_cu_seqlens
 
 _UNSHARD = "CPPlan.unshard (or shard's backward)"
@@ -346,9 +345,12 @@ class _Along:
         if plan.group is not None:
             others = [size for dim, size in enumerate(x.shape) if dim != self.dim % x.dim()]
             plan.agree(Signature(_UNSHARD, {"dim": self.dim, "shape but for dim": others, "dtype": str(x.dtype)}), _UNSHARD)
-            gathered = local.new_empty(plan.cp_size * plan.local_tokens, *local.shape[1:])
+            shape = plan.cp_size * plan.local_tokens, *local.shape[1:]
             if local.numel():
-                self._gather(local, gathered, plan.group)
+                every = all_gather(local.view(-1).view(torch.uint8), plan.group, f"{_UNSHARD}: all-gather over the cp group")
+                gathered = every.view(-1).view(local.dtype).view(shape)
+            else:
+                gathered = local.new_empty(shape)
         pieces = []
         for rank, ranges in enumerate(plan.layout):
             base = rank * plan.local_tokens
@@ -357,12 +359,6 @@ class _Along:
                 base += hi - lo
         whole = torch.cat([piece for _, piece in sorted(pieces, key=lambda p: p[0])]) if pieces else local.clone()
         return whole[: plan.total_tokens].movedim(0, self.dim)
-
-    def _gather(self, local: Tensor, gathered: Tensor, group: ProcessGroup) -> None:
-        """As bytes, because gloo does not gather every dtype."""
-        parts, mine = list(gathered.view(self.plan.cp_size, -1).view(torch.uint8)), local.view(-1).view(torch.uint8)
-        what = f"{_UNSHARD}: all-gather over the cp group"
-        Communication(what, group, local.is_cuda, lambda: [dist.all_gather(parts, mine, group=group)]).wait()
 
 
 class _Shard(torch.autograd.Function):

@@ -23,7 +23,7 @@ PLACES: dict[str, tuple[object, str]] = {
     "forward": (attention, "_forward_kernel"),
     "backward": (attention, "_backward_kernel"),
     "dsink": (attention._SinkGradient, "reduce"),
-    "unshard": (plan._Along, "_gather"),
+    "unshard": (plan, "all_gather"),
     "comparison": (plan, "agree"),
     "rendezvous": (symmetric, "rendezvous"),
     "barrier": (symmetric._Cuda, "idle"),
