@@ -178,7 +178,8 @@ class CPPlan:
         The gradient of x is whole on every rank again: an all-gather, so every rank must run backward through it if any does.
 
         Raises:
-            ValueError: the size along dim is not total_tokens, or the gradient of x cannot travel, as under :meth:`unshard`.
+            ValueError: the size along dim is not total_tokens, or a gradient is asked for and the group has no backend for x's
+                device or x is on another GPU than the plan.
         """
         self._check_size(x, dim, self.total_tokens, "total_tokens")
         if x.requires_grad and torch.is_grad_enabled():
@@ -198,7 +199,7 @@ class CPPlan:
         try:
             self._check_size(x, dim, self.local_tokens, "local_tokens")
             self._check_can_travel(x)
-            if x.is_cuda:
+            if x.is_cuda and self.group is not None:
                 self.check_current_device()
         except Exception as error:
             self.agree(error, _UNSHARD)
@@ -340,7 +341,7 @@ class _Along:
 
     def unshard(self, x: Tensor) -> Tensor:
         plan = self.plan
-        local = x.movedim(self.dim, 0).contiguous()
+        local = x.movedim(self.dim, 0).resolve_conj().resolve_neg().contiguous()  # the bytes that travel carry no lazy bits
         gathered = local
         if plan.group is not None:
             others = [size for dim, size in enumerate(x.shape) if dim != self.dim % x.dim()]

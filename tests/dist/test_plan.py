@@ -44,6 +44,9 @@ def body_shard(group, device, *, total) -> None:
         assert local.shape == (2, plan.local_tokens, 3)
         assert not local[:, ~plan.token_mask].any()
         assert torch.equal(plan.unshard(local, dim=-2), x)
+    z = torch.randn(total, 2, dtype=torch.complex64, generator=torch.Generator().manual_seed(2))
+    assert torch.equal(plan.unshard(plan.shard(z).conj()), z.conj())
+    assert torch.equal(plan.unshard(plan.shard(z).conj().imag), -z.imag)
 
     assert plan.unshard(plan.shard(torch.zeros(total, 0))).shape == (total, 0)
 
@@ -227,8 +230,10 @@ def body_devices(group, device) -> None:
     with FakeTensorMode():
         on_0, on_1 = (torch.zeros(6, device=f"cuda:{i}") for i in range(2))
     wrong = "the current device must be the plan's, cuda:1, got cuda:0"
+    alone = make_cp_plan(6)
     with (
         mock.patch.object(plan, "device", torch.device("cuda", 1)),
+        mock.patch.object(alone, "device", torch.device("cuda", 1)),
         mock.patch.object(torch.cuda, "current_device", return_value=0),
         mock.patch.object(torch.cuda, "device") as device_for,
     ):
@@ -238,6 +243,8 @@ def body_devices(group, device) -> None:
             plan.unshard(on_1)
         with pytest.raises(ValueError, match=wrong):
             call(plan)
+        with mock.patch("magi_sink_cp.dist.plan._Unshard.apply", return_value=on_1):
+            assert alone.unshard(on_1) is on_1, "without a group nothing travels"
     assert device_for.call_args_list == [mock.call(torch.device("cuda", 1))] * 3, "where the ranks compare"
 
 
