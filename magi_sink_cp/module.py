@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from magi_sink_cp.attention import attention_with_sink
 from magi_sink_cp.dist.attention import DSINK_REDUCTIONS, cp_attention_with_sink
 from magi_sink_cp.dist.plan import CPPlan
-from magi_sink_cp.kernels.inputs import make_params
+from magi_sink_cp.kernels.inputs import SINK_FLOATS, check_float, make_params
 from magi_sink_cp.kernels.registry import check_backend_name
 
 
@@ -23,7 +23,7 @@ class SinkAttention(nn.Module):
         init_std: the logits start from a normal distribution with this standard deviation (gpt-oss: 0.02).
         softmax_scale, causal, window_size, softcap, deterministic, backend: as in :func:`magi_sink_cp.attention_with_sink`.
         dsink_reduce: as in :func:`magi_sink_cp.cp_attention_with_sink`; it has no effect without a plan, where dsink is whole.
-        device, dtype: of the parameter ``sink`` (num_sinks, num_heads); fp32 by default.
+        device, dtype: of the parameter ``sink`` (num_sinks, num_heads); fp32 by default, fp16, bf16 or, for q in fp64, fp64.
     """
 
     def __init__(
@@ -46,11 +46,13 @@ class SinkAttention(nn.Module):
         for name, value in (("num_heads", num_heads), ("num_sinks", num_sinks)):
             if not isinstance(value, int) or isinstance(value, bool) or value < 1:
                 raise ValueError(f"{name} must be an int >= 1, got {value!r}")
+        if dtype not in (allowed := (*SINK_FLOATS, torch.float64)):
+            raise TypeError(f"dtype must be one of {allowed}, got {dtype!r}")
         if dsink_reduce not in DSINK_REDUCTIONS:
             raise ValueError(f"dsink_reduce must be one of {DSINK_REDUCTIONS}, got {dsink_reduce!r}")
         check_backend_name(backend)
         make_params(1, softmax_scale, causal, window_size, softcap, deterministic)  # raises here what does not depend on q
-        self.init_std = init_std
+        self.init_std = check_float("init_std", init_std, zero_allowed=True)
         self.dsink_reduce = dsink_reduce
         self.options: dict[str, Any] = {
             "softmax_scale": softmax_scale,

@@ -189,6 +189,8 @@ def test_plan_shard():
     for dim in (1, "s"):
         with pytest.raises(ValueError, match=f"dim must be a dimension of x, .* got {dim!r}"):
             plan.shard(torch.zeros(9), dim=dim)
+    with pytest.raises(ValueError, match=r"x must be dense \(torch.strided\), got torch.sparse_coo"):
+        plan.shard(torch.zeros(9).to_sparse())
     with pytest.raises(TypeError, match="x must be a torch.Tensor, got list"):
         plan.shard([1])
 
@@ -203,6 +205,13 @@ def test_sink_attention():
         SinkAttention(4, window_size=(-5, 0))
     with pytest.raises(ValueError, match="dsink_reduce must be one of"):
         SinkAttention(4, dsink_reduce="mean")
+    with pytest.raises(ValueError, match="init_std must be finite and >= 0, got -1"):
+        SinkAttention(4, init_std=-1)
+    with pytest.raises(TypeError, match="init_std must be a float, got '0.02'"):
+        SinkAttention(4, init_std="0.02")
+    for dtype in (torch.int32, torch.complex64, "float32"):
+        with pytest.raises(TypeError, match=rf"dtype must be one of \(torch.float16, .* got {dtype!r}"):
+            SinkAttention(4, dtype=dtype)
     plan = make_cp_plan(6, cu_seqlens=cu(0, 6))
     q, k = tensors((6, 4, 8), (6, 2, 8))
     with pytest.raises(ValueError, match="plan already holds the documents; got cu_seqlens_q beside it"):

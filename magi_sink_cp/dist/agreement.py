@@ -27,9 +27,18 @@ class GroupRef:
     def __call__(self) -> ProcessGroup:
         """The group; RuntimeError if it has been destroyed."""
         group = self._ref()
-        if group is None:
+        if group is None or not _is_registered(group):
             raise RuntimeError("the plan's process group has been destroyed; make a new plan with make_cp_plan")
         return group
+
+
+def _is_registered(group: ProcessGroup) -> bool:
+    """Whether torch still knows the group: who holds one that has been destroyed keeps no more than the object."""
+    try:
+        dist.get_rank(group)
+    except ValueError:
+        return False
+    return True
 
 
 class Signature:

@@ -310,7 +310,9 @@ class CPPlan:
     def _check_size(self, x: Tensor, dim: int, size: int, what: str) -> None:
         if not isinstance(x, Tensor):
             raise TypeError(f"x must be a torch.Tensor, got {type(x).__name__}")
-        if not isinstance(dim, int) or not -x.dim() <= dim < x.dim():
+        if x.layout is not torch.strided:
+            raise ValueError(f"x must be dense (torch.strided), got {x.layout}")
+        if not isinstance(dim, int) or isinstance(dim, bool) or not -x.dim() <= dim < x.dim():
             raise ValueError(f"dim must be a dimension of x, whose shape is {tuple(x.shape)}, got {dim!r}")
         if x.shape[dim] != size:
             raise ValueError(f"x must have the plan's {what}, {size}, along dim {dim}, got shape {tuple(x.shape)}")

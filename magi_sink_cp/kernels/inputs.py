@@ -15,7 +15,7 @@ from magi_sink_cp.kernels.protocol import FP8, AttentionParams, Extras, Varlen
 
 _FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 _FLOATS_AND_FP8 = (*_FLOATS, FP8)
-_SINK_FLOATS = (torch.float16, torch.bfloat16, torch.float32)
+SINK_FLOATS = (torch.float16, torch.bfloat16, torch.float32)
 SINK_LAYOUTS = ("sh", "ssh")
 
 # Contents of CUDA cu_seqlens tensors by identity and version: one is copied to the host once, not once a layer.
@@ -80,7 +80,7 @@ def check_sink(sink: Tensor | None, sink_layout: str, q: Tensor) -> None:
         return
     if not isinstance(sink, Tensor):
         raise TypeError(f"sink must be a torch.Tensor or None, got {type(sink).__name__}")
-    allowed = (*_SINK_FLOATS, torch.float64) if q.dtype == torch.float64 else _SINK_FLOATS
+    allowed = (*SINK_FLOATS, torch.float64) if q.dtype == torch.float64 else SINK_FLOATS
     if sink.dtype not in allowed:
         raise TypeError(f"sink must have a dtype of {_names(allowed)}, got {sink.dtype}")
     if sink.device != q.device:
@@ -163,9 +163,9 @@ def _check_params(
     for name, value in (("attention_chunk", attention_chunk), ("num_splits", num_splits), ("sm_margin", sm_margin)):
         if not _is_int(value) or not 0 <= value < 2**31:
             raise ValueError(f"{name} must be an int from 0 to 2^31 - 1, got {value!r}")
-    scale = _check_float("softmax_scale", head_dim**-0.5 if softmax_scale is None else softmax_scale, zero_allowed=False)
-    cap = _check_float("softcap", softcap, zero_allowed=True)
-    dropout = _check_float("dropout_p", dropout_p, zero_allowed=True)
+    scale = check_float("softmax_scale", head_dim**-0.5 if softmax_scale is None else softmax_scale, zero_allowed=False)
+    cap = check_float("softcap", softcap, zero_allowed=True)
+    dropout = check_float("dropout_p", dropout_p, zero_allowed=True)
     if dropout >= 1:
         raise ValueError(f"dropout_p must be at least 0 and below 1, got {dropout_p!r}")
     left, right = window_size
@@ -183,7 +183,7 @@ def _is_integer(value: object) -> bool:
     return hasattr(value, "__index__") and not isinstance(value, (bool, Tensor))
 
 
-def _check_float(name: str, value: float, zero_allowed: bool) -> float:
+def check_float(name: str, value: float, zero_allowed: bool) -> float:
     """value as a finite float that is not negative."""
     if not isinstance(value, (int, float)) or isinstance(value, bool):
         raise TypeError(f"{name} must be a float, got {value!r}")

@@ -264,6 +264,10 @@ def body_unshard_disagreement(group, device) -> None:
         plan.unshard(torch.zeros(6 + rank, 2))
     with pytest.raises(TypeError if rank else ValueError, match="x must be a torch.Tensor, got NoneType"):
         plan.unshard(None if rank else torch.zeros(6, 2))
+    with pytest.raises(ValueError, match="dim must be a dimension of x, .* got True"):
+        plan.unshard(torch.zeros(6, 6), dim=True if rank else 0)
+    with pytest.raises(ValueError, match=r"x must be dense \(torch.strided\), got torch.sparse_coo"):
+        plan.unshard(torch.zeros(6, 6).to_sparse() if rank else torch.zeros(6, 6))
 
 
 @pytest.mark.parametrize("what", ["a device", "a number", "a text"])
@@ -294,13 +298,15 @@ def body_outside(group, device) -> None:
         make_cp_plan(8, group=dist.GroupMember.NON_GROUP_MEMBER)
 
 
-def test_a_plan_does_not_keep_its_group_alive():
+@pytest.mark.parametrize("held", [False, True])
+def test_a_plan_does_not_keep_its_group_alive(held):
     """destroy_process_group then ends gloo's threads; one that outlives Python's own end aborts the process."""
     code = (
         "import torch.distributed as dist; from magi_sink_cp import make_cp_plan\n"
         "dist.init_process_group('gloo', store=dist.HashStore(), rank=0, world_size=1)\n"
         "plan = make_cp_plan(8, group=dist.group.WORLD)\n"
         "assert plan.group is dist.group.WORLD\n"
+        f"held = {'dist.group.WORLD' if held else None}\n"
         "dist.destroy_process_group()\n"
         "try: plan.group\n"
         "except RuntimeError as error: print(error)\n"
