@@ -23,7 +23,11 @@ class SinkAttention(nn.Module):
         init_std: the logits start from a normal distribution with this standard deviation (gpt-oss: 0.02).
         softmax_scale, causal, window_size, softcap, deterministic, backend: as in :func:`magi_sink_cp.attention_with_sink`.
         dsink_reduce: as in :func:`magi_sink_cp.cp_attention_with_sink`; it has no effect without a plan, where dsink is whole.
-        device, dtype: of the parameter ``sink`` (num_sinks, num_heads); fp32 by default, fp16, bf16 or, for q in fp64, fp64.
+        device, dtype: of the parameter ``sink`` (num_sinks, num_heads): fp32 by default, or fp16, bf16, fp64 (for q in fp64); None
+            is torch's default.
+
+    Raises:
+        TypeError, ValueError: an argument is invalid.
     """
 
     def __init__(
@@ -40,13 +44,14 @@ class SinkAttention(nn.Module):
         dsink_reduce: str = "none",
         backend: str = "auto",
         device: torch.device | str | None = None,
-        dtype: torch.dtype = torch.float32,
+        dtype: torch.dtype | None = torch.float32,
     ) -> None:
         super().__init__()
         for name, value in (("num_heads", num_heads), ("num_sinks", num_sinks)):
             if not isinstance(value, int) or isinstance(value, bool) or value < 1:
                 raise ValueError(f"{name} must be an int >= 1, got {value!r}")
-        if dtype not in (allowed := (*SINK_FLOATS, torch.float64)):
+        allowed = (None, *SINK_FLOATS, torch.float64)
+        if dtype not in allowed:
             raise TypeError(f"dtype must be one of {allowed}, got {dtype!r}")
         if dsink_reduce not in DSINK_REDUCTIONS:
             raise ValueError(f"dsink_reduce must be one of {DSINK_REDUCTIONS}, got {dsink_reduce!r}")

@@ -50,6 +50,7 @@ DENSE = [
     ({"sink": torch.randn(1, 4).double()}, TypeError, "sink must have a dtype of .* got torch.float64"),
     ({"sink": torch.randn(1, 4, device="meta")}, ValueError, r"sink must be on the device of q \(cpu\), got meta"),
     ({"sink": 0.5}, TypeError, "sink must be a torch.Tensor or None, got float"),
+    ({"sink": torch.zeros(1, 4).to_sparse()}, ValueError, r"sink must be dense \(torch.strided\), got torch.sparse_coo"),
     ({"backend": "fa9"}, ValueError, r"backend must be 'auto' or one of \['fa3', 'fa4', 'fa2', 'aten', 'cpu'\], got 'fa9'"),
     ({"window_size": (1,)}, ValueError, r"window_size must be two ints .* got \(1,\)"),
     ({"window_size": (-2, 0)}, ValueError, r"window_size must be two ints .* got \(-2, 0\)"),
@@ -210,7 +211,7 @@ def test_sink_attention():
     with pytest.raises(TypeError, match="init_std must be a float, got '0.02'"):
         SinkAttention(4, init_std="0.02")
     for dtype in (torch.int32, torch.complex64, "float32"):
-        with pytest.raises(TypeError, match=rf"dtype must be one of \(torch.float16, .* got {dtype!r}"):
+        with pytest.raises(TypeError, match=rf"dtype must be one of \(None, torch.float16, .* got {dtype!r}"):
             SinkAttention(4, dtype=dtype)
     plan = make_cp_plan(6, cu_seqlens=cu(0, 6))
     q, k = tensors((6, 4, 8), (6, 2, 8))

@@ -13,6 +13,8 @@ def test_owns_its_sink_and_calls_one_of_the_two():
     assert dict(module.named_parameters()).keys() == {"sink"}
     assert module.sink.shape == (2, 4)
     assert module.sink.dtype == torch.float32
+    with torch.device("meta"):
+        assert SinkAttention(4, dtype=None).sink.dtype == torch.get_default_dtype()
     assert module.sink.abs().min() > 0, "zero sinks would hide a dropped one"
     q, k = torch.randn(12, 4, 8), torch.randn(12, 2, 8)
     dense = module(q[None], k[None], k[None])

@@ -177,7 +177,7 @@ def _known_call(q: Tensor, k: Tensor, v: Tensor, sink: Tensor | None, plan: CPPl
     tensors = (q, k, v) if sink is None else (q, k, v, sink)
     try:
         key = (
-            *((type(x), x.shape, x.dtype, x.device, x.requires_grad) for x in tensors),
+            *((type(x), x.shape, x.dtype, x.layout, x.device, x.requires_grad) for x in tensors),
             torch.is_grad_enabled(),
             *map(_exactly, options),
         )

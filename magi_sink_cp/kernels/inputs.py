@@ -40,6 +40,7 @@ def check_qkv(
     dtypes = _FLOATS_AND_FP8 if fp8_allowed else _FLOATS
     shapes = q.shape, k.shape, v.shape
     uniform = k.dtype == dtype == v.dtype and k.device == device == v.device and dtype in dtypes
+    uniform = uniform and q.layout == k.layout == v.layout == torch.strided
     if uniform and not paged and len(shapes[0]) == len(shapes[1]) == len(shapes[2]) == num_dims:
         names = ()  # nothing to find below, which would cost as much as a launch
     for name, x, shape in zip(names, (q, k, v), shapes, strict=False):
@@ -57,6 +58,8 @@ def check_qkv(
             raise TypeError(f"q, k and v must have one dtype, got q {dtype} and {name} {x.dtype}")
         if x.device != device:
             raise ValueError(f"q, k and v must be on one device, got q on {device} and {name} on {x.device}")
+        if x.layout != torch.strided:
+            raise ValueError(f"{name} must be dense (torch.strided), got {x.layout}")
     q_shape, k_shape, v_shape = shapes
     if k_shape[:-1] != v_shape[:-1]:
         raise ValueError(f"k and v must have one shape, got k {tuple(k_shape)} and v {tuple(v_shape)} (only head_dim may differ)")
@@ -85,6 +88,8 @@ def check_sink(sink: Tensor | None, sink_layout: str, q: Tensor) -> None:
         raise TypeError(f"sink must have a dtype of {_names(allowed)}, got {sink.dtype}")
     if sink.device != q.device:
         raise ValueError(f"sink must be on the device of q ({q.device}), got {sink.device}")
+    if sink.layout != torch.strided:
+        raise ValueError(f"sink must be dense (torch.strided), got {sink.layout}")
     leading = () if sink_layout == "sh" else tuple(q.shape[:-2])
     expected = (*leading, "s_sink >= 1", q.shape[-2])
     matches = sink.dim() == len(expected) and tuple(sink.shape[:-2]) == leading and sink.shape[-1] == q.shape[-2]

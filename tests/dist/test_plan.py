@@ -209,6 +209,10 @@ def body_later(group, device, *, what) -> None:
         own, other = "softmax_scale must be finite and > 0, got -1", "cp rank 1 was given something invalid"
         with pytest.raises(ValueError, match=own if rank else other):
             call(plan, softmax_scale=-1.0 if rank else 0.1)
+        q = torch.randn(6, 2, 4)
+        cp_attention_with_sink(q, q, q, None, plan=plan)
+        with pytest.raises(ValueError, match=r"k must be dense \(torch.strided\), got torch.sparse_coo" if rank else other):
+            cp_attention_with_sink(q, q.to_sparse() if rank else q, q, None, plan=plan)
     assert call(plan, softmax_scale=0.1).shape == (6, 2, 4), "the group still works"
 
 
