@@ -1,6 +1,10 @@
-# make train   set up, then train a small sink-attention model, context-parallel, and verify it against one rank
-# make test    set up, then run the whole test suite
-# make lint    ruff and mypy
+# make train    set up, then train a small sink-attention model, context-parallel, and verify it
+# make test     set up, then run the whole test suite
+# make stress   draw random cases for MINUTES minutes (default 10) and print a reproducer for a failure
+# make fa3      add FlashAttention-3 for Hopper GPUs to the environment
+# make docs     build the documentation site into site/
+# make extras   check that pip can resolve every extra
+# make lint     ruff and mypy
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
@@ -8,7 +12,9 @@ TORCH ?= torch==2.13.0
 # Every GPU, or two CPU ranks.
 RANKS = $(shell $(BIN)/python -c "import torch; print(torch.cuda.device_count() or 2)")
 
-.PHONY: train test lint clean
+MINUTES ?= 10
+
+.PHONY: train test stress fa3 docs extras lint clean
 
 train: $(VENV)/.installed
 	$(BIN)/python -m torch.distributed.run --standalone --nproc-per-node $(RANKS) scripts/train.py --verify
@@ -16,14 +22,33 @@ train: $(VENV)/.installed
 test: $(VENV)/.installed
 	$(BIN)/python -m pytest
 
+stress: $(VENV)/.installed
+	$(BIN)/python -m tests.stress --minutes $(MINUTES)
+
+# xformers 0.0.34 holds FlashAttention-3. It pins torch 2.10 and works with every torch from 2.10 on.
+fa3: $(VENV)/.installed
+	$(BIN)/python -m pip install --no-deps xformers==0.0.34 nvidia-cuda-runtime-cu12
+
+docs: $(VENV)/.installed
+	$(BIN)/python -m pip install --quiet -e ".[docs]"
+	$(BIN)/mkdocs build --strict
+
+EXTRAS := fa4 test dev docs
+extras: $(VENV)/.installed
+	for extra in $(EXTRAS); do \
+		$(BIN)/python -m pip install --dry-run --quiet --no-build-isolation ".[$$extra]" || exit 1; \
+	done
+	@echo "every extra can be resolved: $(EXTRAS)"
+
 lint: $(VENV)/.installed
 	$(BIN)/python -m pip install --quiet -e ".[dev]"
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-# An interpreter that has torch already lends it to the venv (also if it lives in a venv itself, which --system-site-packages alone does
-# not see). Otherwise torch is installed first and by itself, pinned, so that no other package's requirement chooses its build.
+# If your Python has torch, it is reused: its site-packages are added to the venv by a .pth file, which
+# also works if that Python is itself a venv's. Otherwise the pinned torch is installed first, so that
+# no other package's requirement chooses its build.
 SITE_PACKAGES = import sys; print("\n".join(p for p in sys.path if p.endswith("site-packages")))
 $(VENV)/.installed: setup.py pyproject.toml
 	if $(PYTHON) -c "import torch" 2>/dev/null; then \

@@ -6,10 +6,13 @@ from pathlib import Path
 from setuptools import find_packages, setup
 
 HERE = Path(__file__).parent
-VERSION = re.search(r'__version__ = "(.+)"', (HERE / "magi_sink_cp" / "__init__.py").read_text()).group(1)
+VERSION = re.search(
+    r'__version__ = "(.+)"', (HERE / "magi_sink_cp" / "__init__.py").read_text()
+).group(1)
 
 TEST = [
     "hypothesis>=6.100",
+    "import-linter>=2.1",
     "matplotlib>=3.7",
     "numpy>=1.24",  # Triton's interpreter
     "pytest>=8",
@@ -23,7 +26,7 @@ TEST = [
 setup(
     name="magi-sink-cp",
     version=VERSION,
-    description="Attention with learnable sinks, exact, on one device and across context-parallel ranks",
+    description="Exact attention with learnable sinks, on one device and across ranks",
     long_description=(HERE / "README.md").read_text(),
     long_description_content_type="text/markdown",
     license="Apache-2.0",
@@ -32,10 +35,11 @@ setup(
     python_requires=">=3.10",
     install_requires=["torch>=2.11"],
     extras_require={
-        # Hopper only. xformers 0.0.34 holds FlashAttention-3 but pins torch 2.10: with another torch, install it with --no-deps.
-        "fa3": ["xformers==0.0.34", "nvidia-cuda-runtime-cu12>=12.8,<13"],
-        "fa4": ["flash-attn-4>=4.0.0b36"],  # a pre-release: pip wants --pre
+        # There is no extra for FlashAttention-3: xformers 0.0.34, which holds it, pins torch 2.10.
+        # `make fa3` installs it beside any torch.
+        "fa4": ["flash-attn-4>=4.0.0b36"],  # a pre-release, which naming one allows
         "test": TEST,
         "dev": [*TEST, "mypy>=1.15", "ruff>=0.11"],
+        "docs": ["mkdocs-material>=9.5", "mkdocstrings[python]>=0.27"],
     },
 )

@@ -1,8 +1,11 @@
-"""Attention with learnable sinks, exact, forward and backward, on one device and across context-parallel ranks."""
+"""Attention with learnable sinks, exact, forward and backward, on one device and across
+context-parallel ranks.
+"""
 
 from magi_sink_cp import compat
 from magi_sink_cp.attention import attention_with_sink
-from magi_sink_cp.dist.attention import cp_attention_with_sink
+from magi_sink_cp.cp_attention import cp_attention_with_sink
+from magi_sink_cp.dist import shard as _shard  # noqa: F401 (registers its operators)
 from magi_sink_cp.dist.plan import CPPlan, make_cp_plan
 from magi_sink_cp.drop_in.fa2 import (
     fa2_func_with_sink,
@@ -12,9 +15,13 @@ from magi_sink_cp.drop_in.fa2 import (
     fa2_varlen_kvpacked_func_with_sink,
     fa2_varlen_qkvpacked_func_with_sink,
 )
-from magi_sink_cp.drop_in.fa3 import fa3_func_with_sink, fa3_qkvpacked_func_with_sink, fa3_varlen_func_with_sink
+from magi_sink_cp.drop_in.fa3 import (
+    fa3_func_with_sink,
+    fa3_qkvpacked_func_with_sink,
+    fa3_varlen_func_with_sink,
+)
 from magi_sink_cp.drop_in.fa4 import fa4_func_with_sink, fa4_varlen_func_with_sink
-from magi_sink_cp.kernels.registry import BackendInfo, backends, set_fallback
+from magi_sink_cp.kernels.backends.registry import BackendInfo, backends, set_fallback
 from magi_sink_cp.module import SinkAttention
 
 __version__ = "0.1.0"

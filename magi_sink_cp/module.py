@@ -8,23 +8,28 @@ import torch
 from torch import Tensor, nn
 
 from magi_sink_cp.attention import attention_with_sink
-from magi_sink_cp.dist.attention import DSINK_REDUCTIONS, cp_attention_with_sink
+from magi_sink_cp.cp_attention import cp_attention_with_sink
 from magi_sink_cp.dist.plan import CPPlan
-from magi_sink_cp.kernels.inputs import SINK_FLOATS, check_float, make_params
-from magi_sink_cp.kernels.registry import check_backend_name
+from magi_sink_cp.dist.resolve import DSINK_REDUCTIONS
+from magi_sink_cp.kernels.backends.registry import check_backend_name
+from magi_sink_cp.kernels.checks import FLOATS, as_float, make_params
 
 
 class SinkAttention(nn.Module):
-    """Owns ``num_sinks`` learnable sink logits per head, shared by all rows (layout "sh"), and computes attention with them.
+    """Owns ``num_sinks`` learnable sink logits per head, shared by all rows (layout "sh"), and
+    computes attention with them.
 
     Args:
         num_heads: query heads h.
         num_sinks: s_sink >= 1.
-        init_std: the logits start from a normal distribution with this standard deviation (gpt-oss: 0.02).
-        softmax_scale, causal, window_size, softcap, deterministic, backend: as in :func:`magi_sink_cp.attention_with_sink`.
-        dsink_reduce: as in :func:`magi_sink_cp.cp_attention_with_sink`; it has no effect without a plan, where dsink is whole.
-        device, dtype: of the parameter ``sink`` (num_sinks, num_heads): fp32 by default, or fp16, bf16, fp64 (for q in fp64); None
-            is torch's default.
+        init_std: the logits start from a normal distribution with this standard deviation (gpt-oss:
+            0.02).
+        softmax_scale, causal, window_size, softcap, deterministic, backend: as in
+            :func:`magi_sink_cp.attention_with_sink`.
+        dsink_reduce: as in :func:`magi_sink_cp.cp_attention_with_sink`; it has no effect without a
+            plan, where dsink is whole.
+        device, dtype: of the parameter ``sink`` (num_sinks, num_heads): fp32 by default, or fp16,
+            bf16, fp64 (for q in fp64); None is torch's default.
 
     Raises:
         TypeError, ValueError: an argument is invalid.
@@ -50,14 +55,18 @@ class SinkAttention(nn.Module):
         for name, value in (("num_heads", num_heads), ("num_sinks", num_sinks)):
             if not isinstance(value, int) or isinstance(value, bool) or value < 1:
                 raise ValueError(f"{name} must be an int >= 1, got {value!r}")
-        allowed = (None, *SINK_FLOATS, torch.float64)
+        allowed = (None, *FLOATS)
         if dtype not in allowed:
             raise TypeError(f"dtype must be one of {allowed}, got {dtype!r}")
         if dsink_reduce not in DSINK_REDUCTIONS:
-            raise ValueError(f"dsink_reduce must be one of {DSINK_REDUCTIONS}, got {dsink_reduce!r}")
+            raise ValueError(
+                f"dsink_reduce must be one of {DSINK_REDUCTIONS}, got {dsink_reduce!r}"
+            )
         check_backend_name(backend)
-        make_params(1, softmax_scale, causal, window_size, softcap, deterministic)  # raises here what does not depend on q
-        self.init_std = check_float("init_std", init_std, zero_allowed=True)
+        make_params(
+            1, softmax_scale, causal, window_size, softcap, deterministic
+        )  # raises here what does not depend on q
+        self.init_std = as_float("init_std", init_std, zero_allowed=True)
         self.dsink_reduce = dsink_reduce
         self.options: dict[str, Any] = {
             "softmax_scale": softmax_scale,
@@ -87,7 +96,8 @@ class SinkAttention(nn.Module):
         max_seqlen_k: int | None = None,
         return_lse: bool = False,
     ) -> Tensor | tuple[Tensor, Tensor]:
-        """With ``plan``, cp_attention_with_sink on local tokens; else attention_with_sink, dense or packed.
+        """With ``plan``, cp_attention_with_sink on local tokens; else attention_with_sink, dense or
+        packed.
 
         Raises:
             ValueError: cu_seqlens or max_seqlen beside a plan, which already knows the documents.
@@ -99,13 +109,27 @@ class SinkAttention(nn.Module):
             "max_seqlen_k": max_seqlen_k,
         }
         if plan is None:
-            return attention_with_sink(q, k, v, self.sink, return_lse=return_lse, **lengths, **self.options)
+            return attention_with_sink(
+                q, k, v, self.sink, return_lse=return_lse, **lengths, **self.options
+            )
         if given := [name for name, value in lengths.items() if value is not None]:
-            raise ValueError(f"plan already holds the documents; got {', '.join(given)} beside it. Pass them to make_cp_plan")
+            raise ValueError(
+                f"plan already holds the documents; got {', '.join(given)} beside it. Pass them "
+                "to make_cp_plan"
+            )
         return cp_attention_with_sink(
-            q, k, v, self.sink, plan=plan, dsink_reduce=self.dsink_reduce, return_lse=return_lse, **self.options
+            q,
+            k,
+            v,
+            self.sink,
+            plan=plan,
+            dsink_reduce=self.dsink_reduce,
+            return_lse=return_lse,
+            **self.options,
         )
 
     def extra_repr(self) -> str:
         num_sinks, num_heads = self.sink.shape
-        return f"num_heads={num_heads}, num_sinks={num_sinks}, " + ", ".join(f"{k}={v}" for k, v in self.options.items())
+        return f"num_heads={num_heads}, num_sinks={num_sinks}, " + ", ".join(
+            f"{k}={v}" for k, v in self.options.items()
+        )

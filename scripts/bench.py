@@ -3,17 +3,19 @@
     python scripts/bench.py kernel --out docs/benchmarks
     python scripts/bench.py functions --out docs/benchmarks
     python scripts/bench.py host --out docs/benchmarks
-    python scripts/bench.py dist --out docs/benchmarks       # starts one rank a GPU; or under torchrun
+    python scripts/bench.py dist --out docs/benchmarks       # starts one rank a GPU; or under
+    torchrun
 
-``kernel``: attention_with_sink beside plain FlashAttention-3 and one read+write pass over out. ``functions``: forward+backward of
-the drop-in functions beside the same kernels without a sink; peak memory, first call, and where the time goes. ``host``: what a
-call costs the host.
-``dist``: cp_attention_with_sink beside one GPU's FlashAttention-3 without a sink on the whole sequence, divided by the number of
-ranks, and beside ring-flash-attn's zigzag and MagiAttention where they are installed; windows, packed documents, time that compute
-waits, memory (bench_dist.py).
+``kernel``: attention_with_sink beside plain FlashAttention-3 and one read+write pass over out.
+``functions``: forward+backward of the drop-in functions beside the same kernels without a sink;
+peak memory, first call, and where the time goes. ``host``: what a call costs the host. ``dist``:
+cp_attention_with_sink beside one GPU's FlashAttention-3 without a sink on the whole sequence,
+divided by the number of ranks, and beside ring-flash-attn's zigzag and MagiAttention where they are
+installed; windows, packed documents, time that compute waits, memory (bench_dist.py).
 
-What is compared runs in turns in one process, in both orders, after warm-up; a row holds the median and the 20% and 80% quantiles
-of all rounds. An overhead is the median of the differences within a round, so that clocks that change over time cancel.
+What is compared runs in turns in one process, in both orders, after warm-up; a row holds the median
+and the 20% and 80% quantiles of all rounds. An overhead is the median of the differences within a
+round, so that clocks that change over time cancel.
 """
 
 from __future__ import annotations
@@ -39,34 +41,59 @@ from torch import Tensor
 
 import magi_sink_cp
 from magi_sink_cp import attention_with_sink
-from magi_sink_cp.kernels.inputs import make_params
-from magi_sink_cp.kernels.protocol import Backend, Call, Partial, Varlen
-from magi_sink_cp.kernels.registry import select_backend
+from magi_sink_cp.kernels.backends.registry import BackendPolicy, select_backend
+from magi_sink_cp.kernels.checks import make_params
+from magi_sink_cp.kernels.protocol import Backend, KernelRequest, Partial, Varlen
 
 Row = dict[str, Any]
 Work = dict[str, Callable[[], Any]]
 
 HEADS, HEADS_KV = 64, 8
-PACKAGES = ("xformers", "flash-attn-3", "flash-attn-4", "nvidia-cutlass-dsl", "flash-attn", "ring-flash-attn", "magi-attention")
+PACKAGES = (
+    "xformers",
+    "flash-attn-3",
+    "flash-attn-4",
+    "nvidia-cutlass-dsl",
+    "flash-attn",
+    "ring-flash-attn",
+    "magi-attention",
+)
 KERNEL_SHAPES = ((4, 2048), (2, 4096), (1, 8192), (1, 16384), (1, 32768))  # (batch, tokens)
 FUNCTION_SHAPES = ((8, 1024), (4, 2048), (2, 4096), (1, 8192), (1, 16384), (1, 32768))
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("what", choices=list(BENCHES))
     parser.add_argument("--out", type=Path, required=True, help="folder of the CSV")
-    parser.add_argument("--backend", default="fa3", help="kernels on both sides of the comparison (dist: of the one GPU)")
-    parser.add_argument("--rounds", type=int, default=60, help="rounds per shape (fewer for shapes that take long)")
+    parser.add_argument(
+        "--backend",
+        default="fa3",
+        help="kernels on both sides of the comparison (dist: of the one GPU)",
+    )
+    parser.add_argument(
+        "--rounds", type=int, default=60, help="rounds per shape (fewer for shapes that take long)"
+    )
     parser.add_argument("--commit", help="commit to record (default: asks git)")
     args = parser.parse_args()
     if args.rounds < 10:
         parser.error(f"--rounds must be at least 10 for a median and quantiles, got {args.rounds}")
     if not torch.cuda.is_available():
-        print("bench.py needs a CUDA GPU: absolute times of another device say nothing here", file=sys.stderr)
+        print(
+            "bench.py needs a CUDA GPU: absolute times of another device say nothing here",
+            file=sys.stderr,
+        )
         return 2
     if args.what == "dist" and "LOCAL_RANK" not in os.environ:  # start one rank a GPU
-        launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(torch.cuda.device_count())]
+        launcher = [
+            "-m",
+            "torch.distributed.run",
+            "--standalone",
+            "--nproc-per-node",
+            str(torch.cuda.device_count()),
+        ]
         os.execv(sys.executable, [sys.executable, *launcher, __file__, *sys.argv[1:]])
     rows: list[Row] = []
     origin: Row = {}
@@ -79,18 +106,24 @@ def main() -> int:
         if importlib.util.find_spec("matplotlib"):
             importlib.import_module("plot").draw_all(args.out, args.what)
         else:
-            print("no picture: matplotlib is not installed (pip install matplotlib; python scripts/plot.py --data DIR)")
+            print(
+                "no picture: matplotlib is not installed (pip install matplotlib; python "
+                "scripts/plot.py --data DIR)"
+            )
     return 0
 
 
-# --- One device -----------------------------------------------------------------------------------------------------------------
+# --- One device
+# --------------------------------------------------------------------------------------------------
 
 
 class PlainAttention(torch.autograd.Function):
     """The backend's own forward and backward and nothing else: what flash_attn_func does."""
 
     @staticmethod
-    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, backend: Backend, call: Call) -> Tensor:
+    def forward(
+        ctx: Any, q: Tensor, k: Tensor, v: Tensor, backend: Backend, call: KernelRequest
+    ) -> Tensor:
         ctx.backend, ctx.call = backend, call
         partial = backend.forward(q, k, v, ctx.call)
         ctx.save_for_backward(q, k, v, partial.out, partial.lse)
@@ -119,19 +152,33 @@ def kernel_rows(args: argparse.Namespace, head_dim: int, batch: int, tokens: int
     }
     graphs = {name: function() for name, function in forward.items()}
     backward: Work = {
-        "plain": lambda: torch.autograd.grad(graphs["plain"], leaves["plain"], dout, retain_graph=True),
-        "sink": lambda: torch.autograd.grad(graphs["sink"], leaves["sink"], dout, retain_graph=True),
+        "plain": lambda: torch.autograd.grad(
+            graphs["plain"], leaves["plain"], dout, retain_graph=True
+        ),
+        "sink": lambda: torch.autograd.grad(
+            graphs["sink"], leaves["sink"], dout, retain_graph=True
+        ),
     }
     buffer = torch.empty_like(q).detach()
     times = measure({"pass over out": lambda: buffer.mul_(1.0)}, args.rounds)
     for phase, work in (("forward", forward), ("backward", backward)):
         measured = measure(work, rounds_for(args, batch * tokens * tokens))
         times |= {f"{phase} {name}": values for name, values in measured.items()}
-    shape = {"batch": batch, "tokens": tokens, "heads": HEADS, "heads_kv": HEADS_KV, "head_dim": head_dim}
-    rows: list[Row] = [{**shape, "measured": name, **summary(values)} for name, values in times.items()]
+    shape = {
+        "batch": batch,
+        "tokens": tokens,
+        "heads": HEADS,
+        "heads_kv": HEADS_KV,
+        "head_dim": head_dim,
+    }
+    rows: list[Row] = [
+        {**shape, "measured": name, **summary(values)} for name, values in times.items()
+    ]
     pass_us = statistics.median(times["pass over out"])
     for phase in ("forward", "backward"):
-        extra = [a - b for a, b in zip(times[f"{phase} sink"], times[f"{phase} plain"], strict=True)]
+        extra = [
+            a - b for a, b in zip(times[f"{phase} sink"], times[f"{phase} plain"], strict=True)
+        ]
         over = statistics.median(extra)
         plain = statistics.median(times[f"{phase} plain"])
         percent, passes = 100 * over / plain, over / pass_us
@@ -139,12 +186,15 @@ def kernel_rows(args: argparse.Namespace, head_dim: int, batch: int, tokens: int
         rows.append({**shape, "measured": f"{phase} overhead", **summary(extra), **columns})
         label = f"d {head_dim:3d} {batch}×{tokens:6d} {phase:8s}"
         print(
-            f"{label} plain {plain:9.1f} µs, overhead {over:6.1f} µs = {percent:5.2f}% = {passes:4.2f} passes over out", flush=True
+            f"{label} plain {plain:9.1f} µs, overhead {over:6.1f} µs = {percent:5.2f}% = "
+            f"{passes:4.2f} passes over out",
+            flush=True,
         )
     return rows
 
 
-# --- The drop-in functions ------------------------------------------------------------------------------------------------------
+# --- The drop-in functions
+# --------------------------------------------------------------------------------------------------
 
 
 def bench_functions(args: argparse.Namespace) -> Iterator[list[Row]]:
@@ -157,8 +207,16 @@ def bench_functions(args: argparse.Namespace) -> Iterator[list[Row]]:
 
 
 def function_rows(args: argparse.Namespace, head_dim: int, batch: int, tokens: int) -> list[Row]:
-    """Forward and backward of every function that has its kernels here, beside the same kernels without a sink."""
-    shape = {"batch": batch, "tokens": tokens, "heads": HEADS, "heads_kv": HEADS_KV, "head_dim": head_dim}
+    """Forward and backward of every function that has its kernels here, beside the same kernels
+    without a sink.
+    """
+    shape = {
+        "batch": batch,
+        "tokens": tokens,
+        "heads": HEADS,
+        "heads_kv": HEADS_KV,
+        "head_dim": head_dim,
+    }
     rows: list[Row] = []
     groups = function_groups(head_dim, batch, tokens)
     for name, work in groups.items():
@@ -172,8 +230,19 @@ def function_rows(args: argparse.Namespace, head_dim: int, batch: int, tokens: i
                 continue
             extra = [a - b for a, b in zip(values, times["plain"], strict=True)]
             percent = 100 * statistics.median(extra) / plain
-            rows.append({**shape, "measured": f"{function} overhead", **summary(extra), "percent_of_plain": percent})
-            print(f"d {head_dim:3d} {batch}×{tokens:6d} {function:32s} {percent:6.2f}% over {name} {plain:9.1f} µs", flush=True)
+            rows.append(
+                {
+                    **shape,
+                    "measured": f"{function} overhead",
+                    **summary(extra),
+                    "percent_of_plain": percent,
+                }
+            )
+            print(
+                f"d {head_dim:3d} {batch}×{tokens:6d} {function:32s} {percent:6.2f}% over {name} "
+                f"{plain:9.1f} µs",
+                flush=True,
+            )
     return rows
 
 
@@ -185,31 +254,58 @@ def function_groups(head_dim: int, batch: int, tokens: int) -> dict[str, Work]:
     kv = torch.stack([x.detach() for x in (k, v)], dim=2).requires_grad_()
     cu_seqlens = torch.arange(batch + 1, dtype=torch.int32, device="cuda") * tokens
     varlen = Varlen(cu_seqlens, cu_seqlens, tokens, tokens)
-    packed = Call(causal_call(q).params, varlen)
+    packed = KernelRequest(causal_call(q).params, varlen)
     lengths = (cu_seqlens, cu_seqlens, tokens, tokens)
     call = causal_call(q)
 
-    def step(function: Callable[..., Any], leaves: Any, gradient: Tensor, *arguments: Any, **options: Any) -> Callable[[], Any]:
+    def step(
+        function: Callable[..., Any], leaves: Any, gradient: Tensor, *arguments: Any, **options: Any
+    ) -> Callable[[], Any]:
         return lambda: torch.autograd.grad(function(*arguments, **options), leaves, gradient)
 
     def plain(name: str) -> dict[str, Callable[[], Any]]:
-        return {"plain": step(PlainAttention.apply, (q, k, v), dout, q, k, v, select_backend(name, q, call), call)}
+        return {
+            "plain": step(
+                PlainAttention.apply,
+                (q, k, v),
+                dout,
+                q,
+                k,
+                v,
+                select_backend(BackendPolicy(name), q, call),
+                call,
+            )
+        }
 
     available = {info.name for info in magi_sink_cp.backends() if info.available}
     groups: dict[str, Work] = {}
     packed_dout = dout.flatten(0, 1)
     if "fa3" in available:
-        fa3 = select_backend("fa3", q, call)
+        fa3 = select_backend(BackendPolicy("fa3"), q, call)
         groups["fa3"] = plain("fa3") | {
-            "fa3_func_with_sink": step(magi_sink_cp.fa3_func_with_sink, (q, k, v, sink), dout, q, k, v, sink, causal=True),
+            "fa3_func_with_sink": step(
+                magi_sink_cp.fa3_func_with_sink, (q, k, v, sink), dout, q, k, v, sink, causal=True
+            ),
             "fa3_qkvpacked_func_with_sink": step(
-                magi_sink_cp.fa3_qkvpacked_func_with_sink, (qkv, sink), dout, qkv, sink, causal=True, num_heads_q=HEADS
+                magi_sink_cp.fa3_qkvpacked_func_with_sink,
+                (qkv, sink),
+                dout,
+                qkv,
+                sink,
+                causal=True,
+                num_heads_q=HEADS,
             ),
         }
         groups["fa3 varlen"] = {
             "plain": step(PlainAttention.apply, flat, packed_dout, *flat, fa3, packed),
             "fa3_varlen_func_with_sink": step(
-                magi_sink_cp.fa3_varlen_func_with_sink, (*flat, sink), packed_dout, *flat, *lengths, sink, causal=True
+                magi_sink_cp.fa3_varlen_func_with_sink,
+                (*flat, sink),
+                packed_dout,
+                *flat,
+                *lengths,
+                sink,
+                causal=True,
             ),
         }
     if "fa4" in available:
@@ -221,14 +317,26 @@ def function_groups(head_dim: int, batch: int, tokens: int) -> dict[str, Work]:
 
         groups["fa4"] = plain("fa4") | {
             "FlashAttention-4's own sink": step(native, (q, k, v, one_sink), dout, q, k, v),
-            "fa4_func_with_sink": step(magi_sink_cp.fa4_func_with_sink, (q, k, v, sink), dout, q, k, v, sink, causal=True),
+            "fa4_func_with_sink": step(
+                magi_sink_cp.fa4_func_with_sink, (q, k, v, sink), dout, q, k, v, sink, causal=True
+            ),
             "attention_with_sink on fa4": step(
-                attention_with_sink, (q, k, v, sink), dout, q, k, v, sink, causal=True, backend="fa4"
+                attention_with_sink,
+                (q, k, v, sink),
+                dout,
+                q,
+                k,
+                v,
+                sink,
+                causal=True,
+                backend="fa4",
             ),
         }
-    fa2 = select_backend("fa2" if "fa2" in available else "aten", q, call)
+    fa2 = select_backend(BackendPolicy("fa2" if "fa2" in available else "aten"), q, call)
     groups["fa2"] = plain(fa2.name) | {
-        "fa2_func_with_sink": step(magi_sink_cp.fa2_func_with_sink, (q, k, v, sink), dout, q, k, v, sink, causal=True),
+        "fa2_func_with_sink": step(
+            magi_sink_cp.fa2_func_with_sink, (q, k, v, sink), dout, q, k, v, sink, causal=True
+        ),
         "fa2_kvpacked_func_with_sink": step(
             magi_sink_cp.fa2_kvpacked_func_with_sink, (q, kv, sink), dout, q, kv, sink, causal=True
         ),
@@ -236,21 +344,33 @@ def function_groups(head_dim: int, batch: int, tokens: int) -> dict[str, Work]:
     groups["fa2 varlen"] = {
         "plain": step(PlainAttention.apply, flat, packed_dout, *flat, fa2, packed),
         "fa2_varlen_func_with_sink": step(
-            magi_sink_cp.fa2_varlen_func_with_sink, (*flat, sink), packed_dout, *flat, *lengths, sink, causal=True
+            magi_sink_cp.fa2_varlen_func_with_sink,
+            (*flat, sink),
+            packed_dout,
+            *flat,
+            *lengths,
+            sink,
+            causal=True,
         ),
     }
     return groups
 
 
 def bench_host(args: argparse.Namespace) -> Iterator[list[Row]]:
-    """Microseconds that the host spends in one forward call, where the GPU is always behind. Beside the public flash_attn_func of
-    FlashAttention-3, where its module flash_attn_interface can be imported."""
+    """Microseconds that the host spends in one forward call, where the GPU is always behind. Beside
+    the public flash_attn_func of FlashAttention-3, where its module flash_attn_interface can be
+    imported.
+    """
     q, k, v, _, sink = draw((8, 256), 128)
     call = causal_call(q)
     work: Work = {
-        "operator in an autograd function": lambda: PlainAttention.apply(q, k, v, select_backend("fa3", q, call), call),
+        "operator in an autograd function": lambda: PlainAttention.apply(
+            q, k, v, select_backend(BackendPolicy("fa3"), q, call), call
+        ),
         "fa3_func_with_sink": lambda: magi_sink_cp.fa3_func_with_sink(q, k, v, sink, causal=True),
-        "fa3_func_with_sink, sink=None": lambda: magi_sink_cp.fa3_func_with_sink(q, k, v, causal=True),
+        "fa3_func_with_sink, sink=None": lambda: magi_sink_cp.fa3_func_with_sink(
+            q, k, v, causal=True
+        ),
     }
     if importlib.util.find_spec("flash_attn_interface") is not None:
         flash_attn_func = importlib.import_module("flash_attn_interface").flash_attn_func
@@ -266,7 +386,10 @@ def bench_host(args: argparse.Namespace) -> Iterator[list[Row]]:
                 times[name].append((time.perf_counter() - start) / 20 * 1e6)
     for name, values in times.items():
         print(f"host µs a forward: {name:36s} {statistics.median(values):6.1f}", flush=True)
-    yield [{"batch": 8, "tokens": 256, "head_dim": 128, "measured": f"host: {name}", **summary(x)} for name, x in times.items()]
+    yield [
+        {"batch": 8, "tokens": 256, "head_dim": 128, "measured": f"host: {name}", **summary(x)}
+        for name, x in times.items()
+    ]
 
 
 def memory_rows() -> list[Row]:
@@ -280,17 +403,32 @@ def memory_rows() -> list[Row]:
             work()
             torch.cuda.synchronize()
         peaks[name] = torch.cuda.max_memory_allocated()
-    print(f"peak memory at 32k: {peaks}, ratio {peaks['fa3_func_with_sink'] / peaks['plain']:.4f}", flush=True)
+    print(
+        f"peak memory at 32k: {peaks}, ratio {peaks['fa3_func_with_sink'] / peaks['plain']:.4f}",
+        flush=True,
+    )
     shape = {"batch": 1, "tokens": 32768, "heads": HEADS, "heads_kv": HEADS_KV, "head_dim": 128}
     ratio = 100 * peaks["fa3_func_with_sink"] / peaks["plain"]
     return [
-        {**shape, "measured": "peak MiB plain", "percent_of_plain": 100.0, "mib": peaks["plain"] / 2**20},
-        {**shape, "measured": "peak MiB fa3_func_with_sink", "percent_of_plain": ratio, "mib": peaks["fa3_func_with_sink"] / 2**20},
+        {
+            **shape,
+            "measured": "peak MiB plain",
+            "percent_of_plain": 100.0,
+            "mib": peaks["plain"] / 2**20,
+        },
+        {
+            **shape,
+            "measured": "peak MiB fa3_func_with_sink",
+            "percent_of_plain": ratio,
+            "mib": peaks["fa3_func_with_sink"] / 2**20,
+        },
     ]
 
 
 def profile_rows() -> list[Row]:
-    """Where the GPU's time goes in fa3_func_with_sink, forward and backward, at 8 sequences of 1k."""
+    """Where the GPU's time goes in fa3_func_with_sink, forward and backward, at 8 sequences of
+    1k.
+    """
     work = function_groups(128, 8, 1024)["fa3"]["fa3_func_with_sink"]
     for _ in range(3):
         work()
@@ -302,25 +440,41 @@ def profile_rows() -> list[Row]:
     for event in sorted(profile.key_averages(), key=lambda event: -event.self_device_time_total):
         if event.self_device_time_total > 0:
             name = (
-                event.key.replace("void ", "").split("<")[0].split("(")[0] if "cutlass" not in event.key else kernel_kind(event.key)
+                event.key.replace("void ", "").split("<")[0].split("(")[0]
+                if "cutlass" not in event.key
+                else kernel_kind(event.key)
             )
             microseconds = event.self_device_time_total / 20
             print(f"1k×8: {microseconds:8.1f} µs {name}", flush=True)
-            shape = {"batch": 8, "tokens": 1024, "heads": HEADS, "heads_kv": HEADS_KV, "head_dim": 128}
-            rows.append({**shape, "measured": f"kernel: {name}", "median_us": microseconds, "rounds": 20})
+            shape = {
+                "batch": 8,
+                "tokens": 1024,
+                "heads": HEADS,
+                "heads_kv": HEADS_KV,
+                "head_dim": 128,
+            }
+            rows.append(
+                {**shape, "measured": f"kernel: {name}", "median_us": microseconds, "rounds": 20}
+            )
     return rows
 
 
 def kernel_kind(key: str) -> str:
     """Which of FlashAttention-3's kernels a mangled name is."""
-    kinds = ("FlashAttnFwdSm90", "FlashAttnBwdPreprocess", "FlashAttnBwdPostprocessConvertdQ", "FlashAttnBwdSm90")
+    kinds = (
+        "FlashAttnFwdSm90",
+        "FlashAttnBwdPreprocess",
+        "FlashAttnBwdPostprocessConvertdQ",
+        "FlashAttnBwdSm90",
+    )
     return next((kind for kind in kinds if kind in key), key[:40])
 
 
 FIRST_CALL = """
 import sys, time, torch
 from magi_sink_cp import fa3_func_with_sink
-q, k, v = (torch.randn(1, 1024, h, 128, device="cuda", dtype=torch.bfloat16, requires_grad=True) for h in (64, 8, 8))
+options = {"device": "cuda", "dtype": torch.bfloat16, "requires_grad": True}
+q, k, v = (torch.randn(1, 1024, h, 128, **options) for h in (64, 8, 8))
 sink = torch.randn(1, 64, device="cuda", requires_grad=True) if sys.argv[1] == "sink" else None
 torch.cuda.synchronize()
 start = time.perf_counter()
@@ -331,22 +485,38 @@ print(time.perf_counter() - start)
 
 
 def first_call_rows() -> list[Row]:
-    """Seconds until the first forward and backward of a process are done: without a sink, with an empty and with a filled cache."""
+    """Seconds until the first forward and backward of a process are done.
+
+    Without a sink, with an empty and with a filled cache.
+    """
     rows: list[Row] = []
     with tempfile.TemporaryDirectory() as cache:
-        for name, argument in (("without a sink", "plain"), ("empty Triton cache", "sink"), ("filled Triton cache", "sink")):
+        for name, argument in (
+            ("without a sink", "plain"),
+            ("empty Triton cache", "sink"),
+            ("filled Triton cache", "sink"),
+        ):
             environment = {**os.environ, "TRITON_CACHE_DIR": cache}
             command = [sys.executable, "-c", FIRST_CALL, argument]
-            result = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
+            result = subprocess.run(
+                command, env=environment, capture_output=True, text=True, check=True
+            )
             seconds = float(result.stdout.split()[-1])
             print(f"first forward and backward, {name}: {seconds:.2f} s", flush=True)
             rows.append(
-                {"batch": 1, "tokens": 1024, "head_dim": 128, "measured": f"first call: {name}", "median_us": 1e6 * seconds}
+                {
+                    "batch": 1,
+                    "tokens": 1024,
+                    "head_dim": 128,
+                    "measured": f"first call: {name}",
+                    "median_us": 1e6 * seconds,
+                }
             )
     return rows
 
 
-# --- Ranks ----------------------------------------------------------------------------------------------------------------------
+# --- Ranks
+# --------------------------------------------------------------------------------------------------
 
 
 def bench_dist(args: argparse.Namespace) -> Iterator[list[Row]]:
@@ -355,22 +525,26 @@ def bench_dist(args: argparse.Namespace) -> Iterator[list[Row]]:
     yield from across_ranks.run(args)
 
 
-# --- Measuring and writing ------------------------------------------------------------------------------------------------------
+# --- Measuring and writing
+# --------------------------------------------------------------------------------------------------
 
 
 def chosen_backend(args: argparse.Namespace, q: Tensor) -> Backend:
     """The backend of both sides, for a causal call."""
-    return select_backend(args.backend, q, causal_call(q))
+    return select_backend(BackendPolicy(args.backend), q, causal_call(q))
 
 
-def causal_call(q: Tensor) -> Call:
-    return Call(make_params(q.shape[-1], None, True, (-1, -1), 0.0, False))
+def causal_call(q: Tensor) -> KernelRequest:
+    return KernelRequest(make_params(q.shape[-1], None, True, (-1, -1), 0.0, False))
 
 
 def draw(leading: tuple[int, ...], head_dim: int) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """q, k, v, dout in bf16 and one sink per head, random."""
     sizes = (HEADS, HEADS_KV, HEADS_KV, HEADS)
-    q, k, v, dout = (torch.randn(*leading, heads, head_dim, device="cuda", dtype=torch.bfloat16) for heads in sizes)
+    q, k, v, dout = (
+        torch.randn(*leading, heads, head_dim, device="cuda", dtype=torch.bfloat16)
+        for heads in sizes
+    )
     sink = torch.randn(1, HEADS, device="cuda")
     for x in (q, k, v, sink):
         x.requires_grad_()
@@ -382,8 +556,11 @@ def rounds_for(args: argparse.Namespace, pairs: int) -> int:
     return max(10, int(args.rounds / max(1.0, pairs / (4 * 8192**2))))
 
 
-def measure(work: Work, rounds: int, before_each: Callable[[], Any] | None = None) -> dict[str, list[float]]:
-    """Microseconds on the GPU of each piece of work, one value a round; every other round runs in the opposite order.
+def measure(
+    work: Work, rounds: int, before_each: Callable[[], Any] | None = None
+) -> dict[str, list[float]]:
+    """Microseconds on the GPU of each piece of work, one value a round; every other round runs in
+    the opposite order.
 
     ``before_each`` brings the ranks into step on the GPU, without holding up the host.
     """
@@ -402,13 +579,21 @@ def measure(work: Work, rounds: int, before_each: Callable[[], Any] | None = Non
             stop.record()
             events[name].append((start, stop))
     torch.cuda.synchronize()
-    return {name: [1e3 * start.elapsed_time(stop) for start, stop in pairs] for name, pairs in events.items()}
+    return {
+        name: [1e3 * start.elapsed_time(stop) for start, stop in pairs]
+        for name, pairs in events.items()
+    }
 
 
 def summary(values: list[float]) -> dict[str, float]:
     """Median and the 20% and 80% quantiles, in µs, and how many values."""
     quantiles = statistics.quantiles(values, n=5)
-    return {"median_us": statistics.median(values), "p20_us": quantiles[0], "p80_us": quantiles[3], "rounds": len(values)}
+    return {
+        "median_us": statistics.median(values),
+        "p20_us": quantiles[0],
+        "p80_us": quantiles[3],
+        "rounds": len(values),
+    }
 
 
 def installed(name: str) -> str | None:
@@ -432,7 +617,12 @@ def origin_of(args: argparse.Namespace) -> Row:
     """Where the rows of a run come from."""
     commit = args.commit
     if commit is None:
-        result = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, cwd=Path(__file__).parent)
+        result = subprocess.run(
+            ["git", "rev-parse", "--short", "HEAD"],
+            capture_output=True,
+            text=True,
+            cwd=Path(__file__).parent,
+        )
         commit = result.stdout.strip() or "unknown"
     import triton
 
@@ -443,28 +633,53 @@ def origin_of(args: argparse.Namespace) -> Row:
         "gpu": torch.cuda.get_device_name(),
         "torch": torch.__version__,
         "triton": triton.__version__,
-        "packages": " ".join(f"{name} {version}" for name in PACKAGES if (version := installed(name))),
+        "packages": " ".join(
+            f"{name} {version}" for name in PACKAGES if (version := installed(name))
+        ),
         "driver": driver_version(),
         "commit": commit,
         "date": datetime.date.today().isoformat(),
-        "command": shlex.join(["scripts/bench.py", *("DIR" if word == str(args.out) else word for word in sys.argv[1:])]),
+        "command": shlex.join(
+            [
+                "scripts/bench.py",
+                *("DIR" if word == str(args.out) else word for word in sys.argv[1:]),
+            ]
+        ),
     }
 
 
 def write(args: argparse.Namespace, rows: list[Row], origin: Row) -> None:
     """One CSV, every row with where it comes from."""
     shape = ("batch", "tokens", "heads", "heads_kv", "head_dim", "ranks")
-    results = ("measured", "median_us", "p20_us", "p80_us", "rounds", "percent_of_plain", "percent", "passes_over_out", "mib")
+    results = (
+        "measured",
+        "median_us",
+        "p20_us",
+        "p80_us",
+        "rounds",
+        "percent_of_plain",
+        "percent",
+        "passes_over_out",
+        "mib",
+    )
     args.out.mkdir(parents=True, exist_ok=True)
     with (args.out / f"{args.what}.csv").open("w", newline="") as file:
         writer = csv.DictWriter(file, [*shape, *results, *origin], restval="")
         writer.writeheader()
         for row in rows:
-            rounded = {name: f"{value:.4g}" if isinstance(value, float) else value for name, value in row.items()}
+            rounded = {
+                name: f"{value:.4g}" if isinstance(value, float) else value
+                for name, value in row.items()
+            }
             writer.writerow({**rounded, **origin})
 
 
-BENCHES = {"kernel": bench_kernel, "functions": bench_functions, "host": bench_host, "dist": bench_dist}
+BENCHES = {
+    "kernel": bench_kernel,
+    "functions": bench_functions,
+    "host": bench_host,
+    "dist": bench_dist,
+}
 
 if __name__ == "__main__":
     sys.exit(main())

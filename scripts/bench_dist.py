@@ -1,7 +1,9 @@
-"""``bench.py dist``: what context parallelism costs over one GPU's work divided by the number of ranks.
+"""``bench.py dist``: what context parallelism costs over one GPU's work divided by the number of
+ranks.
 
-100% is FlashAttention-3 without a sink over the whole sequence on one GPU, measured in the same rounds, divided by the ranks. Times
-are those of the slowest rank of each round. Ours runs on the kernels that backend="auto" takes, but where a row names them.
+100% is FlashAttention-3 without a sink over the whole sequence on one GPU, measured in the same
+rounds, divided by the ranks. Times are those of the slowest rank of each round. Ours runs on the
+kernels that backend="auto" takes, but where a row names them.
 """
 
 from __future__ import annotations
@@ -22,14 +24,25 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from bench import HEADS, HEADS_KV, PlainAttention, Row, Work, chosen_backend, draw, kernel_kind, measure, summary
+from bench import (
+    HEADS,
+    HEADS_KV,
+    PlainAttention,
+    Row,
+    Work,
+    chosen_backend,
+    draw,
+    kernel_kind,
+    measure,
+    summary,
+)
 from torch import Tensor
 from torch._C._autograd import DeviceType
 
 from magi_sink_cp import CPPlan, cp_attention_with_sink, make_cp_plan
-from magi_sink_cp.dist.layout import LAYOUTS, causal_pairs
-from magi_sink_cp.kernels.inputs import make_params
-from magi_sink_cp.kernels.protocol import Call, Varlen
+from magi_sink_cp.dist.planning.layout import LAYOUTS, causal_pairs
+from magi_sink_cp.kernels.checks import make_params
+from magi_sink_cp.kernels.protocol import KernelRequest, Varlen
 
 # What is timed, its leaves, and the gradient of its result.
 Variant = tuple[Callable[[], Any], tuple[Tensor, ...], Tensor]
@@ -39,11 +52,13 @@ EXPOSED_TOKENS = (8192, 16384, 32768, 65536)
 TRACED_TOKENS = 32768
 
 # Lengths of 13.5 million documents: (longest of the bin, documents), from MagiAttention v1.1.1's
-# exps/dist_attn/benchmark/datasets/default/doc_length_distribution.csv, whose rule is followed too: none is longer than a quarter
-# of the batch.
+# exps/dist_attn/benchmark/datasets/default/doc_length_distribution.csv, whose rule is followed too:
+# none is longer than a quarter of the batch.
 DOCUMENT_LENGTHS = (
-    (10, 30254), (50, 391188), (100, 699596), (200, 1377757), (500, 3794735), (1024, 3316785), (2048, 2106566), (4096, 988525),
-    (8192, 410002), (16384, 173574), (32768, 115007), (65536, 18428), (131072, 22513), (196608, 18284),
+    (10, 30254), (50, 391188), (100, 699596), (200, 1377757), (500, 3794735), (1024, 3316785),
+    (2048, 2106566), (4096, 988525),
+    (8192, 410002), (16384, 173574), (32768, 115007), (65536, 18428), (131072, 22513), (196608,
+    18284),
 )  # fmt: skip
 
 
@@ -52,7 +67,9 @@ def run(args: argparse.Namespace) -> Iterator[list[Row]]:
     torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     dist.init_process_group("nccl", device_id=torch.device("cuda", torch.cuda.current_device()))
     parts: list[Callable[[], list[Row]]] = [
-        *(lambda tokens=tokens: memory_rows(tokens) for tokens in TOKENS),  # first, as the arena never shrinks
+        *(
+            lambda tokens=tokens: memory_rows(tokens) for tokens in TOKENS
+        ),  # first, as the arena never shrinks
         *(lambda tokens=tokens: causal_rows(args, tokens) for tokens in TOKENS),
         *(lambda tokens=tokens: overlap_rows(args, tokens) for tokens in EXPOSED_TOKENS),
         lambda: window_rows(args),
@@ -80,26 +97,46 @@ def causal_rows(args: argparse.Namespace, tokens: int) -> list[Row]:
     q, k, v, dout, sink = draw((plans["auto"].local_tokens,), 128)
     attention = functools.partial(cp_attention_with_sink, q, k, v, sink)
     ours: dict[str, Variant] = {
-        "cp" if name == "auto" else f"cp {name}": (functools.partial(attention, plan=plan), (q, k, v, sink), dout)
+        "cp" if name == "auto" else f"cp {name}": (
+            functools.partial(attention, plan=plan),
+            (q, k, v, sink),
+            dout,
+        )
         for name, plan in plans.items()
     }
     ours |= peers(tokens, (q, k, v, sink), dout)
-    return compared(args, "causal", {"batch": 1, "tokens": tokens, "head_dim": 128}, ours, (-1, 0), None, tokens * tokens)
+    return compared(
+        args,
+        "causal",
+        {"batch": 1, "tokens": tokens, "head_dim": 128},
+        ours,
+        (-1, 0),
+        None,
+        tokens * tokens,
+    )
 
 
 def peers(tokens: int, leaves: tuple[Tensor, ...], dout: Tensor) -> dict[str, Variant]:
-    """One causal document by ring_flash_attn's zigzag, which adds no sink, and by magi_attention as it is configured by default."""
+    """One causal document by ring_flash_attn's zigzag, which adds no sink, and by magi_attention
+    as it is configured by default.
+    """
     q, k, v, sink = leaves
     found: dict[str, Variant] = {}
     if importlib.util.find_spec("ring_flash_attn"):
         ring = importlib.import_module("ring_flash_attn").zigzag_ring_flash_attn_func
         batched = [x.detach()[None].requires_grad_() for x in (q, k, v)]
-        found["zigzag ring without a sink"] = functools.partial(ring, *batched, causal=True), tuple(batched), dout[None]
+        found["zigzag ring without a sink"] = (
+            functools.partial(ring, *batched, causal=True),
+            tuple(batched),
+            dout[None],
+        )
     if importlib.util.find_spec("magi_attention"):
         api = importlib.import_module("magi_attention.api")
         offsets = torch.tensor([0, tokens], dtype=torch.int32)
         sizes = HEADS, HEADS_KV, q.shape[-1]
-        key = api.magi_attn_varlen_key(offsets, offsets, *sizes, pad_size=0, cp_group_or_mesh=dist.group.WORLD, causal=True)
+        key = api.magi_attn_varlen_key(
+            offsets, offsets, *sizes, pad_size=0, cp_group_or_mesh=dist.group.WORLD, causal=True
+        )
         found["MagiAttention"] = lambda: api.calc_attn(q, k, v, key, sink=sink)[0], leaves, dout
     return found
 
@@ -111,9 +148,22 @@ def overlap_rows(args: argparse.Namespace, tokens: int) -> list[Row]:
     attention = functools.partial(cp_attention_with_sink, q, k, v, sink, plan=plan)
     degrees = range(min(2, plan.cp_size))
     ours: dict[str, Variant] = {
-        f"cp overlap_degree {n}": (functools.partial(attention, overlap_degree=n), (q, k, v, sink), dout) for n in degrees
+        f"cp overlap_degree {n}": (
+            functools.partial(attention, overlap_degree=n),
+            (q, k, v, sink),
+            dout,
+        )
+        for n in degrees
     }
-    return compared(args, "overlap", {"batch": 1, "tokens": tokens, "head_dim": 128}, ours, (-1, 0), None, tokens * tokens)
+    return compared(
+        args,
+        "overlap",
+        {"batch": 1, "tokens": tokens, "head_dim": 128},
+        ours,
+        (-1, 0),
+        None,
+        tokens * tokens,
+    )
 
 
 def window_rows(args: argparse.Namespace) -> list[Row]:
@@ -122,12 +172,22 @@ def window_rows(args: argparse.Namespace) -> list[Row]:
     plan = make_cp_plan(tokens, group=dist.group.WORLD)
     q, k, v, dout, sink = draw((plan.local_tokens,), 64)
 
-    attention = functools.partial(cp_attention_with_sink, q, k, v, sink, plan=plan, window_size=(128, 0))
+    attention = functools.partial(
+        cp_attention_with_sink, q, k, v, sink, plan=plan, window_size=(128, 0)
+    )
     ours: dict[str, Variant] = {
         "cp": (attention, (q, k, v, sink), dout),
         "cp on fa3": (functools.partial(attention, backend="fa3"), (q, k, v, sink), dout),
     }
-    return compared(args, "window 128", {"batch": 1, "tokens": tokens, "head_dim": 64}, ours, (128, 0), None, tokens * 256)
+    return compared(
+        args,
+        "window 128",
+        {"batch": 1, "tokens": tokens, "head_dim": 64},
+        ours,
+        (128, 0),
+        None,
+        tokens * 256,
+    )
 
 
 def packed_rows(args: argparse.Namespace) -> list[Row]:
@@ -140,16 +200,25 @@ def packed_rows(args: argparse.Namespace) -> list[Row]:
         q, k, v, dout, sink = draw((plan.local_tokens,), 128)
         attention = functools.partial(cp_attention_with_sink, q, k, v, sink, plan=plan)
         variants[f"cp {layout}"] = attention, (q, k, v, sink), dout
-        variants[f"cp {layout} on fa3"] = functools.partial(attention, backend="fa3"), (q, k, v, sink), dout
+        variants[f"cp {layout} on fa3"] = (
+            functools.partial(attention, backend="fa3"),
+            (q, k, v, sink),
+            dout,
+        )
     pairs = sum((hi - lo) ** 2 for lo, hi in itertools.pairwise(cu_seqlens))
     shape = {"batch": len(cu_seqlens) - 1, "tokens": tokens, "head_dim": 128}
     return compared(args, "packed", shape, variants, (-1, 0), cu_seqlens, pairs)
 
 
 def draw_documents(tokens: int, seed: int) -> list[int]:
-    """Offsets of documents whose lengths follow DOCUMENT_LENGTHS, even within a bin, none above a quarter; the last is cut."""
+    """Offsets of documents whose lengths follow DOCUMENT_LENGTHS, even within a bin, none above
+    a quarter; the last is cut.
+    """
     generator = random.Random(seed)
-    bins = [(1 if not n else DOCUMENT_LENGTHS[n - 1][0] + 1, hi, count) for n, (hi, count) in enumerate(DOCUMENT_LENGTHS)]
+    bins = [
+        (1 if not n else DOCUMENT_LENGTHS[n - 1][0] + 1, hi, count)
+        for n, (hi, count) in enumerate(DOCUMENT_LENGTHS)
+    ]
     offsets = [0]
     while offsets[-1] < tokens:
         lo, hi, _ = generator.choices(bins, weights=[count for *_, count in bins])[0]
@@ -168,7 +237,9 @@ def compared(
     cu_seqlens: list[int] | None,
     pairs: int,
 ) -> list[Row]:
-    """Forward, and forward with backward, of each of ``ours`` (function, leaves, gradient) beside the whole sequence on one GPU."""
+    """Forward, and forward with backward, of each of ``ours`` (function, leaves, gradient)
+    beside the whole sequence on one GPU.
+    """
     ranks, tokens, head_dim = dist.get_world_size(), shape["tokens"], shape["head_dim"]
     leading = (1, tokens) if cu_seqlens is None else (tokens,)
     whole_q, whole_k, whole_v, whole_dout, _ = draw(leading, head_dim)
@@ -177,7 +248,9 @@ def compared(
         offsets = torch.tensor(cu_seqlens, dtype=torch.int32, device="cuda")
         longest = int((offsets[1:] - offsets[:-1]).max())
         varlen = Varlen(offsets, offsets, longest, longest)
-    call = Call(make_params(head_dim, None, True, (window_size[0], -1), 0.0, False), varlen)
+    call = KernelRequest(
+        make_params(head_dim, None, True, (window_size[0], -1), 0.0, False), varlen
+    )
     backend = chosen_backend(args, whole_q)
 
     def plain() -> Tensor:
@@ -188,24 +261,44 @@ def compared(
     rows: list[Row] = []
     shape = {**shape, "heads": HEADS, "heads_kv": HEADS_KV, "ranks": ranks}
     rounds = max(7, int(args.rounds / max(1.0, pairs / (4 * 8192**2))))
-    for key, variant in ours.items():  # each alone with the plain one: what runs before decides a GPU's clock
+    for (
+        key,
+        variant,
+    ) in ours.items():  # each alone with the plain one: what runs before decides a GPU's clock
         pair = {"plain": whole, key: variant}
         phases: dict[str, Work] = {
-            "forward": {name_: torch.no_grad()(function) for name_, (function, _, _) in pair.items()},
-            "forward+backward": {name_: functools.partial(both, *each) for name_, each in pair.items()},
+            "forward": {
+                name_: torch.no_grad()(function) for name_, (function, _, _) in pair.items()
+            },
+            "forward+backward": {
+                name_: functools.partial(both, *each) for name_, each in pair.items()
+            },
         }
         for phase, work in phases.items():
             times = measure(work, rounds, before_each=lambda: dist.all_reduce(token))
-            slowest = torch.tensor(list(times.values()), device="cuda")  # a step ends when the last rank does
+            slowest = torch.tensor(
+                list(times.values()), device="cuda"
+            )  # a step ends when the last rank does
             dist.all_reduce(slowest, op=dist.ReduceOp.MAX)
             plain_times, our_times = slowest.tolist()
             percent = 100 * statistics.median(plain_times) / ranks / statistics.median(our_times)
-            rows.append({**shape, "measured": f"{name}: {phase} plain beside {key}", **summary(plain_times)})
-            rows.append({**shape, "measured": f"{name}: {phase} {key}", **summary(our_times), "percent_of_plain": percent})
+            rows.append(
+                {**shape, "measured": f"{name}: {phase} plain beside {key}", **summary(plain_times)}
+            )
+            rows.append(
+                {
+                    **shape,
+                    "measured": f"{name}: {phase} {key}",
+                    **summary(our_times),
+                    "percent_of_plain": percent,
+                }
+            )
     return rows
 
 
-def both(function: Callable[[], Any], leaves: tuple[Tensor, ...], gradient: Tensor) -> tuple[Tensor, ...]:
+def both(
+    function: Callable[[], Any], leaves: tuple[Tensor, ...], gradient: Tensor
+) -> tuple[Tensor, ...]:
     """Forward and backward."""
     return torch.autograd.grad(function(), leaves, gradient)
 
@@ -220,17 +313,26 @@ def describe(row: Row) -> str | None:
 
 
 def exposed_rows(args: argparse.Namespace, tokens: int) -> list[Row]:
-    """How long no kernel but those of NCCL runs, on any stream, within a forward and backward, in percent of it.
+    """How long no kernel but those of NCCL runs, on any stream, within a forward and backward, in
+    percent of it.
 
     The slower GPU waits for the transfers alone; the faster one waits for the slower one too.
     """
     plan = make_cp_plan(tokens, group=dist.group.WORLD)
     events = profiled_step(plan)
-    idle, span = standstill([(e["start"], e["start"] + e["us"]) for e in events if e["lane"] != "copies"])
+    idle, span = standstill(
+        [(e["start"], e["start"] + e["us"]) for e in events if e["lane"] != "copies"]
+    )
     figures = torch.zeros(dist.get_world_size(), 2, device="cuda", dtype=torch.float64)
     figures[dist.get_rank()] = torch.tensor([idle, span])
     dist.all_reduce(figures)
-    shape = {"tokens": tokens, "heads": HEADS, "heads_kv": HEADS_KV, "head_dim": 128, "ranks": dist.get_world_size()}
+    shape = {
+        "tokens": tokens,
+        "heads": HEADS,
+        "heads_kv": HEADS_KV,
+        "head_dim": 128,
+        "ranks": dist.get_world_size(),
+    }
     rows = [
         {
             **shape,
@@ -238,7 +340,11 @@ def exposed_rows(args: argparse.Namespace, tokens: int) -> list[Row]:
             "median_us": us,
             "percent_of_plain": 100 * us / of,
         }
-        for which, (us, of) in zip(("rank that waits least", "most"), (min(figures.tolist()), max(figures.tolist())), strict=True)
+        for which, (us, of) in zip(
+            ("rank that waits least", "most"),
+            (min(figures.tolist()), max(figures.tolist())),
+            strict=True,
+        )
     ]
     if tokens == TRACED_TOKENS:
         gathered: list[Any] = [None] * dist.get_world_size()
@@ -266,19 +372,24 @@ def write_trace(path: Path, events_of_ranks: list[list[dict[str, Any]]]) -> None
         for rank, events in enumerate(events_of_ranks):
             for e in sorted(events, key=lambda e: e["start"]):
                 if e["us"] >= 5:
-                    writer.writerow([rank, e["lane"], e["name"], f"{e['start']:.1f}", f"{e['us']:.1f}"])
+                    writer.writerow(
+                        [rank, e["lane"], e["name"], f"{e['start']:.1f}", f"{e['us']:.1f}"]
+                    )
 
 
 def profiled_step(plan: CPPlan) -> list[dict[str, Any]]:
-    """What the GPU did in one forward and backward, enqueued whole before it starts, so that the host cannot hold it up.
+    """What the GPU did in one forward and backward, enqueued whole before it starts, so that the
+    host cannot hold it up.
 
-    Times in µs from where all ranks are ready. The lanes: "kernels" and, where a pass uses a second stream, "kernels beside" of the
-    computation; "copies", whatever carries them out.
+    Times in µs from where all ranks are ready. The lanes: "kernels" and, where a pass uses a second
+    stream, "kernels beside" of the computation; "copies", whatever carries them out.
     """
     q, k, v, dout, sink = draw((plan.local_tokens,), 128)
 
     def step() -> Any:
-        return torch.autograd.grad(cp_attention_with_sink(q, k, v, sink, plan=plan), (q, k, v, sink), dout)
+        return torch.autograd.grad(
+            cp_attention_with_sink(q, k, v, sink, plan=plan), (q, k, v, sink), dout
+        )
 
     for _ in range(3):
         step()
@@ -292,7 +403,11 @@ def profiled_step(plan: CPPlan) -> list[dict[str, Any]]:
         torch.cuda.synchronize()
     assert profile.profiler is not None
     assert profile.profiler.kineto_results is not None
-    events = [e for e in profile.profiler.kineto_results.events() if e.device_type() == DeviceType.CUDA and e.duration_ns() > 0]
+    events = [
+        e
+        for e in profile.profiler.kineto_results.events()
+        if e.device_type() == DeviceType.CUDA and e.duration_ns() > 0
+    ]
     ready = max(e.start_ns() + e.duration_ns() for e in events if "AllReduce" in e.name())
     events = [e for e in events if e.start_ns() >= ready and not e.name().startswith("nccl:")]
     computed: collections.Counter[int] = collections.Counter()  # ns on each stream
@@ -306,7 +421,11 @@ def profiled_step(plan: CPPlan) -> list[dict[str, Any]]:
             else e.name().replace("void ", "").split("<")[0].split("(")[0][:40],
             "start": (e.start_ns() - ready) / 1e3,
             "us": e.duration_ns() / 1e3,
-            "lane": "copies" if is_copy(e.name()) else "kernels" if e.device_resource_id() == calling else "kernels beside",
+            "lane": "copies"
+            if is_copy(e.name())
+            else "kernels"
+            if e.device_resource_id() == calling
+            else "kernels beside",
         }
         for e in events
     ]
@@ -318,10 +437,14 @@ def is_copy(name: str) -> bool:
 
 
 def memory_rows(tokens: int) -> list[Row]:
-    """Peak of one rank over q, k, v, out and their gradients, the arena of symmetric memory included."""
+    """Peak of one rank over q, k, v, out and their gradients, the arena of symmetric memory
+    included.
+    """
     plan = make_cp_plan(tokens, group=dist.group.WORLD)
     q, k, v, dout, sink = draw((plan.local_tokens,), 128)
-    tensors = 2 * (q.nbytes + k.nbytes + v.nbytes) + 2 * dout.nbytes  # out and dout beside q, k, v and theirs
+    tensors = (
+        2 * (q.nbytes + k.nbytes + v.nbytes) + 2 * dout.nbytes
+    )  # out and dout beside q, k, v and theirs
     torch.cuda.synchronize()
     torch.cuda.reset_peak_memory_stats()
     out = cp_attention_with_sink(q, k, v, sink, plan=plan)
@@ -329,17 +452,35 @@ def memory_rows(tokens: int) -> list[Row]:
     torch.cuda.synchronize()
     del grads
     arena = getattr(plan.transport, "num_bytes", 0)
-    peak = torch.tensor(torch.cuda.max_memory_allocated() + arena, device="cuda", dtype=torch.float64)
+    peak = torch.tensor(
+        torch.cuda.max_memory_allocated() + arena, device="cuda", dtype=torch.float64
+    )
     dist.all_reduce(peak, op=dist.ReduceOp.MAX)
-    shape = {"tokens": tokens, "heads": HEADS, "heads_kv": HEADS_KV, "head_dim": 128, "ranks": dist.get_world_size()}
+    shape = {
+        "tokens": tokens,
+        "heads": HEADS,
+        "heads_kv": HEADS_KV,
+        "head_dim": 128,
+        "ranks": dist.get_world_size(),
+    }
     return [
-        {**shape, "measured": "memory: peak over q, k, v, out and gradients", "percent": 100 * peak.item() / tensors},
-        {**shape, "measured": "memory: arena over k and v", "percent": 100 * arena / (k.nbytes + v.nbytes)},
+        {
+            **shape,
+            "measured": "memory: peak over q, k, v, out and gradients",
+            "percent": 100 * peak.item() / tensors,
+        },
+        {
+            **shape,
+            "measured": "memory: arena over k and v",
+            "percent": 100 * arena / (k.nbytes + v.nbytes),
+        },
     ]
 
 
 def balance_rows() -> list[Row]:
-    """How much more (query, key) pairs than the mean the busiest rank has, over batches of 1,024 k tokens, in either layout."""
+    """How much more (query, key) pairs than the mean the busiest rank has, over batches of 1,024
+    k tokens, in either layout.
+    """
     rows: list[Row] = []
     tokens = 1 << 20
     for ranks in (2, 8, 64):
@@ -348,8 +489,13 @@ def balance_rows() -> list[Row]:
             for seed in range(5):
                 offsets = draw_documents(tokens, seed)
                 documents = list(itertools.pairwise(offsets))
-                work = [sum(causal_pairs(tokens_, documents) for tokens_ in ranges) for ranges in layout(tokens, ranks, documents)]
+                work = [
+                    sum(causal_pairs(tokens_, documents) for tokens_ in ranges)
+                    for ranges in layout(tokens, ranks, documents)
+                ]
                 leads.append(100 * (max(work) * ranks / sum(work) - 1))
             row = {"tokens": tokens, "ranks": ranks, "percent": statistics.mean(leads)}
-            rows.append({**row, "measured": f"balance: busiest rank over the mean, {ranks} ranks, {name}"})
+            rows.append(
+                {**row, "measured": f"balance: busiest rank over the mean, {ranks} ranks, {name}"}
+            )
     return rows

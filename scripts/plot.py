@@ -2,7 +2,8 @@
 
     python scripts/plot.py [--data docs/benchmarks]
 
-Writes kernel.png, functions.png, dist.png and dist_trace.png beside the CSV files of these names, whichever are there.
+Writes kernel.png, functions.png, dist.png and dist_trace.png beside the CSV files of these names,
+whichever are there.
 """
 
 from __future__ import annotations
@@ -23,18 +24,33 @@ BLUE, ORANGE, GREEN, GREY = "#1f4e79", "#f28e2b", "#59a14f", "#888888"
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", type=Path, default=Path("docs/benchmarks"), help="folder of the CSV files")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--data", type=Path, default=Path("docs/benchmarks"), help="folder of the CSV files"
+    )
     args = parser.parse_args()
     if not draw_all(args.data):
-        print(f"no {', '.join(f'{name}.csv' for name in PICTURES)} in {args.data}; scripts/bench.py writes them", file=sys.stderr)
+        print(
+            f"no {', '.join(f'{name}.csv' for name in PICTURES)} in {args.data}; scripts/bench.py "
+            "writes them",
+            file=sys.stderr,
+        )
         return 2
     return 0
 
 
 def draw_all(folder: Path, prefix: str = "") -> bool:
-    """Draw what has a CSV file and a name that begins with ``prefix``; returns whether there was anything to draw."""
-    drawn = [draw(folder, name, function) for name, function in PICTURES.items() if name.startswith(prefix)]
+    """Draw what has a CSV file and a name that begins with ``prefix``.
+
+    Returns whether there was anything to draw.
+    """
+    drawn = [
+        draw(folder, name, function)
+        for name, function in PICTURES.items()
+        if name.startswith(prefix)
+    ]
     return any(drawn)
 
 
@@ -49,7 +65,8 @@ def draw(folder: Path, name: str, function: Callable[[list[dict[str, str]]], Any
     figure = function(rows)
     with (folder / "dist.csv" if name == "dist_trace" else source).open() as file:
         origin = next(csv.DictReader(file))
-    text = f"{origin['gpu']}, {origin['backend']}, torch {origin['torch']}, commit {origin['commit']}, {origin['date']}"
+    facts = [origin["gpu"], origin["backend"], f"torch {origin['torch']}"]
+    text = ", ".join([*facts, f"commit {origin['commit']}", origin["date"]])
     figure.text(0.5, 0.005, text, ha="center", fontsize=8, color=GREY)
     figure.tight_layout(rect=(0, 0.02, 1, 1))
     figure.savefig(folder / f"{name}.png", dpi=150)
@@ -58,7 +75,10 @@ def draw(folder: Path, name: str, function: Callable[[list[dict[str, str]]], Any
 
 
 def draw_kernel(rows: list[dict[str, str]]) -> Any:
-    """Overheads of the sink over plain FlashAttention-3: forward in passes over out, backward in percent."""
+    """Overheads of the sink over plain FlashAttention-3.
+
+    Forward in passes over out, backward in percent.
+    """
     figure, axes = plt.subplots(1, 2, figsize=(10, 4))
     panels = (
         ("forward", "passes_over_out", 1.3, "read+write passes over out"),
@@ -66,9 +86,19 @@ def draw_kernel(rows: list[dict[str, str]]) -> Any:
     )
     for axis, (phase, column, target, label) in zip(axes, panels, strict=True):
         for head_dim, color in (("128", BLUE), ("64", ORANGE)):
-            chosen = [r for r in rows if r["measured"] == f"{phase} overhead" and r["head_dim"] == head_dim]
+            chosen = [
+                r
+                for r in rows
+                if r["measured"] == f"{phase} overhead" and r["head_dim"] == head_dim
+            ]
             names = [f"{int(r['tokens']) // 1024}k×{r['batch']}" for r in chosen]
-            axis.plot(names, [float(r[column]) for r in chosen], "o-", color=color, label=f"head_dim {head_dim}")
+            axis.plot(
+                names,
+                [float(r[column]) for r in chosen],
+                "o-",
+                color=color,
+                label=f"head_dim {head_dim}",
+            )
         axis.axhline(target, color=GREY, linestyle="--", linewidth=1, label=f"target {target:g}")
         axis.set_title(f"{phase}: cost of the sink")
         axis.set_ylabel(label)
@@ -79,14 +109,23 @@ def draw_kernel(rows: list[dict[str, str]]) -> Any:
 
 
 def draw_functions(rows: list[dict[str, str]]) -> Any:
-    """Overheads of the drop-in functions over their own kernels without a sink, forward and backward."""
+    """Overheads of the drop-in functions over their own kernels without a sink, forward and
+    backward.
+    """
     figure, axes = plt.subplots(1, 2, figsize=(11, 4.5), sharey=True)
     for axis, head_dim in zip(axes, ("128", "64"), strict=True):
-        chosen = [r for r in rows if r["measured"].endswith(" overhead") and r["head_dim"] == head_dim]
+        chosen = [
+            r for r in rows if r["measured"].endswith(" overhead") and r["head_dim"] == head_dim
+        ]
         for name in dict.fromkeys(r["measured"] for r in chosen):
             points = [r for r in chosen if r["measured"] == name]
             names = [f"{int(r['tokens']) // 1024}k×{r['batch']}" for r in points]
-            axis.plot(names, [float(r["percent_of_plain"]) for r in points], "o-", label=name.removesuffix(" overhead"))
+            axis.plot(
+                names,
+                [float(r["percent_of_plain"]) for r in points],
+                "o-",
+                label=name.removesuffix(" overhead"),
+            )
         axis.axhline(0, color=GREY, linewidth=1)
         axis.set_title(f"head_dim {head_dim}")
         axis.grid(alpha=0.25)
@@ -96,7 +135,10 @@ def draw_functions(rows: list[dict[str, str]]) -> Any:
 
 
 def draw_dist(rows: list[dict[str, str]]) -> Any:
-    """Efficiency over one GPU's FlashAttention-3 without a sink, divided by the ranks: one causal document."""
+    """Efficiency over one GPU's FlashAttention-3 without a sink, divided by the ranks.
+
+    One causal document.
+    """
     figure, axes = plt.subplots(1, 2, figsize=(10, 4), sharey=True)
     variants = (
         ("cp", "ours, with a sink", BLUE),
@@ -109,8 +151,16 @@ def draw_dist(rows: list[dict[str, str]]) -> Any:
             if not chosen:
                 continue
             names = [f"{int(r['tokens']) // 1024}k" for r in chosen]
-            axis.plot(names, [float(r["percent_of_plain"]) for r in chosen], "o-", color=color, label=label)
-        axis.axhline(100, color=GREY, linestyle="--", linewidth=1, label="one GPU without a sink ÷ ranks")
+            axis.plot(
+                names,
+                [float(r["percent_of_plain"]) for r in chosen],
+                "o-",
+                color=color,
+                label=label,
+            )
+        axis.axhline(
+            100, color=GREY, linestyle="--", linewidth=1, label="one GPU without a sink ÷ ranks"
+        )
         axis.set_xlabel(f"tokens over {rows[0]['ranks']} GPUs")
         axis.set_title(phase)
         axis.grid(alpha=0.25)
@@ -120,17 +170,29 @@ def draw_dist(rows: list[dict[str, str]]) -> Any:
 
 
 def draw_trace(rows: list[dict[str, str]]) -> Any:
-    """One forward and backward at 32k tokens: what each rank's GPU computes, and what its copy engines move, when."""
+    """One forward and backward at 32k tokens.
+
+    What each rank's GPU computes, and what its copy engines move, when.
+    """
     colors = {"Fwd": BLUE, "BwdSm90": ORANGE, "_merge": GREEN, "Memcpy": "#b07aa1"}
-    lanes = sorted({(r["rank"], r["lane"]) for r in rows}, key=lambda lane: (lane[0], lane[1] == "copies", lane[1]))
+    lanes = sorted(
+        {(r["rank"], r["lane"]) for r in rows},
+        key=lambda lane: (lane[0], lane[1] == "copies", lane[1]),
+    )
     figure, axes = plt.subplots(2, 1, figsize=(11, 5))
     ends = [float(r["start_us"]) + float(r["duration_us"]) for r in rows]
     turn = min(float(r["start_us"]) for r in rows if "Bwd" in r["name"])
-    for axis, (lo, hi), title in zip(axes, ((0, turn), (turn, max(ends))), ("forward", "backward"), strict=True):
+    for axis, (lo, hi), title in zip(
+        axes, ((0, turn), (turn, max(ends))), ("forward", "backward"), strict=True
+    ):
         for r in rows:
             start, duration = float(r["start_us"]), float(r["duration_us"])
             color = next((c for key, c in colors.items() if key in r["name"]), GREY)
-            axis.broken_barh([(start / 1e3, duration / 1e3)], (lanes.index((r["rank"], r["lane"])) - 0.4, 0.8), color=color)
+            axis.broken_barh(
+                [(start / 1e3, duration / 1e3)],
+                (lanes.index((r["rank"], r["lane"])) - 0.4, 0.8),
+                color=color,
+            )
         axis.set_xlim(lo / 1e3, hi / 1e3)
         axis.set_yticks(range(len(lanes)), [f"rank {rank}: {lane}" for rank, lane in lanes])
         axis.invert_yaxis()
@@ -144,11 +206,18 @@ def draw_trace(rows: list[dict[str, str]]) -> Any:
     }
     handles = [mpl.patches.Patch(color=colors[key], label=name) for key, name in names.items()]
     handles.append(mpl.patches.Patch(color=GREY, label="other"))
-    axes[0].legend(handles=handles, frameon=False, ncols=5, loc="lower center", bbox_to_anchor=(0.5, 1.15))
+    axes[0].legend(
+        handles=handles, frameon=False, ncols=5, loc="lower center", bbox_to_anchor=(0.5, 1.15)
+    )
     return figure
 
 
-PICTURES = {"kernel": draw_kernel, "functions": draw_functions, "dist": draw_dist, "dist_trace": draw_trace}
+PICTURES = {
+    "kernel": draw_kernel,
+    "functions": draw_functions,
+    "dist": draw_dist,
+    "dist_trace": draw_trace,
+}
 
 if __name__ == "__main__":
     sys.exit(main())

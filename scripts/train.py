@@ -1,56 +1,74 @@
-"""Train a small gpt-oss-style byte-level decoder on real text, context-parallel, and prove it equal to one rank.
+"""Train a small gpt-oss-style byte-level decoder on real text, context-parallel.
 
-    torchrun --nproc-per-node 2 scripts/train.py --verify       # NCCL with a GPU a rank, else gloo on the CPU
-    python scripts/train.py                                     # one device, the same code
+    torchrun --nproc-per-node 2 scripts/train.py --verify    # NCCL with a GPU per rank, else gloo
+    python scripts/train.py                                  # one device, the same code
+    python scripts/train.py --resume runs/2026-01-31_12-00   # go on from its last checkpoint
 
-Every rank holds a zigzag shard of each packed sequence; parameters are replicated, and their gradients are summed over the ranks,
-the sinks' among them (dsink_reduce="none"). --verify trains one rank on the whole sequence with the same seed afterwards and fails
-unless the losses agree. Results go to runs/<time>/: metrics.csv and loss.png.
+Every rank holds a zigzag shard of each packed sequence. Parameters are replicated, and their
+gradients are summed over the ranks, the sinks' among them (dsink_reduce="none"). --verify then
+trains one rank on the whole sequences from the same seed, and fails unless the losses agree.
+
+The folder --out gets metrics.csv (a line per step, as it comes), checkpoint/ (also after Ctrl-C),
+settings.json, loss.png, and with --verify verify.csv.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import csv
 import datetime
+import json
 import math
 import os
 import random
+import shutil
+import signal
 import statistics
 import sys
 import sysconfig
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
+from types import FrameType
+from typing import Any
 
 import torch
 import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
 import torch.nn.functional as F  # noqa: N812
 from torch import Tensor, nn
 from torch.distributed import ProcessGroup
+from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 from tqdm import tqdm
 
+import magi_sink_cp
 from magi_sink_cp import CPPlan, SinkAttention, make_cp_plan
 
 VOCABULARY = 256  # bytes
 IGNORED = -100  # label of a document's last byte and of padding
 FP32_TOLERANCE = 1e-5  # relative, per step, between context-parallel and single-rank losses in fp32
 BF16_ROUNDING = 2**-9
-GPU_REFERENCES = 8  # single-rank runs whose mean is compared with and whose spread is allowed, twice
+# Single-rank runs whose mean is compared with, and twice whose spread is allowed.
+GPU_REFERENCES = 8
+INTERRUPTED = 130  # the exit code of a shell command that Ctrl-C ended
 
 
 def main() -> int:
     args = parse_arguments()
     under_torchrun = "LOCAL_RANK" in os.environ
-    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if torch.cuda.is_available() else torch.device("cpu")
-    if device.type == "cuda":
+    device = torch.device("cpu")
+    if torch.cuda.is_available():
+        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
         torch.cuda.set_device(device)
     if args.dtype is None:
         args.dtype = "bfloat16" if device.type == "cuda" else "float32"
     group = None
     if under_torchrun:
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=datetime.timedelta(minutes=30))
+        backend = "nccl" if device.type == "cuda" else "gloo"
+        dist.init_process_group(backend, timeout=datetime.timedelta(minutes=30))
         group = dist.group.WORLD
     try:
         return run(args, group, device)
@@ -59,90 +77,286 @@ def main() -> int:
             dist.destroy_process_group()
 
 
+# --- Arguments ----------------------------------------------------------------------------------
+
+
 def parse_arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", type=Path, help="text file, or folder of them (default: the Python standard library's sources)")
-    parser.add_argument("--seq-len", type=int, default=2048, help="tokens of one packed sequence, over all ranks")
-    parser.add_argument("--steps", type=int, default=40)
-    parser.add_argument("--dim", type=int, default=128)
-    parser.add_argument("--layers", type=int, default=3)
-    parser.add_argument("--heads", type=int, default=8)
-    parser.add_argument("--kv-heads", type=int, default=2)
-    parser.add_argument("--head-dim", type=int, default=16)
-    parser.add_argument("--sinks", type=int, default=1, help="sink logits per head")
-    parser.add_argument("--lr", type=float, default=3e-3)
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--dtype", choices=["float32", "bfloat16"], help="of the compute (default: bfloat16 on GPUs, else float32)")
-    parser.add_argument("--backend", default="auto", help="attention backend, see magi_sink_cp.backends()")
-    parser.add_argument(
-        "--verify", action="store_true", help="also train one rank on the whole sequence, and fail unless the losses agree"
-    )
-    parser.add_argument("--out", type=Path, help="where to write (default: runs/<time>)")
+    """Checked arguments; a wrong one ends the process with exit code 2 and one line."""
+    parser = make_parser()
     args = parser.parse_args()
+    if args.resume is not None:
+        args = settings_of(parser, args)
     for name in ("seq_len", "steps", "dim", "layers", "heads", "kv_heads", "head_dim", "sinks"):
         if getattr(args, name) < 1:
-            parser.error(f"--{name.replace('_', '-')} must be at least 1, got {getattr(args, name)}")
+            option = f"--{name.replace('_', '-')}"
+            parser.error(f"{option} must be at least 1, got {getattr(args, name)}")
     if args.seq_len < 2:
-        parser.error(f"--seq-len must be at least 2, so that there is a byte to predict, got {args.seq_len}")
+        parser.error(f"--seq-len must be at least 2: a byte to predict, got {args.seq_len}")
     if args.head_dim % 2:
         parser.error(f"--head-dim must be even for rotary positions, got {args.head_dim}")
     if args.heads % args.kv_heads:
         parser.error(f"--kv-heads must divide --heads, got {args.kv_heads} and {args.heads}")
-    if args.data is not None and not args.data.exists():
-        parser.error(f"--data {args.data} does not exist")
+    if not (math.isfinite(args.lr) and args.lr > 0):
+        parser.error(f"--lr must be a finite number > 0, got {args.lr}")
+    backends = ["auto", *(backend.name for backend in magi_sink_cp.backends())]
+    if args.backend not in backends:
+        parser.error(f"--backend must be one of {backends}, got {args.backend!r}")
+    try:
+        args.documents = read_documents(args.data)
+    except (OSError, ValueError) as error:
+        parser.error(f"--data: {error}")
+    if args.out is None:
+        args.out = Path("runs") / datetime.datetime.now().strftime("%Y-%m-%d_%H-%M-%S")
     return args
+
+
+def make_parser() -> argparse.ArgumentParser:
+    class Formatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
+        """Defaults in the help, and the description as it is written."""
+
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=Formatter)
+    add = parser.add_argument
+    text = "text file, or folder of them; None: the sources of Python's standard library"
+    add("--data", type=str, help=text)
+    add("--seq-len", type=int, default=2048, help="tokens of one packed sequence, over all ranks")
+    add("--steps", type=int, default=40, help="optimizer steps in all")
+    add("--dim", type=int, default=128, help="width of the model")
+    add("--layers", type=int, default=3, help="blocks")
+    add("--heads", type=int, default=8, help="query heads")
+    add("--kv-heads", type=int, default=2, help="key and value heads")
+    add("--head-dim", type=int, default=16, help="width of a head")
+    add("--sinks", type=int, default=1, help="sink logits per head")
+    add("--lr", type=float, default=3e-3, help="learning rate after 10 steps of warm-up")
+    add("--seed", type=int, default=0, help="of parameters and data order")
+    text = "of the compute; None: bfloat16 on GPUs, else float32"
+    add("--dtype", choices=["float32", "bfloat16"], help=text)
+    add("--backend", default="auto", help="attention backend, see magi_sink_cp.backends()")
+    text = "also train one rank on the whole sequence, and fail unless the losses agree"
+    add("--verify", action="store_true", help=text)
+    add("--out", type=Path, help="folder to write to; None: runs/<time>")
+    text = "save after so many steps; 0: at the end, and after Ctrl-C"
+    add("--checkpoint-every", type=int, default=0, help=text)
+    text = "folder of an earlier run: go on with its settings (--steps may be given anew)"
+    add("--resume", type=Path, help=text)
+    return parser
+
+
+def settings_of(parser: argparse.ArgumentParser, args: argparse.Namespace) -> argparse.Namespace:
+    """The arguments of the run that --resume names."""
+    path = args.resume / "settings.json"
+    if not path.is_file() or not (args.resume / "checkpoint").is_dir():
+        parser.error(f"--resume {args.resume} holds no settings.json and checkpoint/ of a run")
+    settings = json.loads(path.read_text())
+    if args.steps != parser.get_default("steps"):
+        settings["steps"] = args.steps
+    return argparse.Namespace(**settings, verify=args.verify, resume=args.resume, out=args.resume)
+
+
+# --- The run ------------------------------------------------------------------------------------
 
 
 def run(args: argparse.Namespace, group: ProcessGroup | None, device: torch.device) -> int:
     is_first = group is None or dist.get_rank(group) == 0
     ranks = 1 if group is None else dist.get_world_size(group)
-    losses, rates = train(args, group, device, f"cp {ranks}")
-    references: list[list[float]] = []
-    if args.verify and is_first:
-        # On GPUs, bf16 kernels with atomics differ from run to run. Few runs underestimate by how much: docs/benchmarks.md.
-        repeats = GPU_REFERENCES if device.type == "cuda" else 1
-        torch.set_num_threads(os.cpu_count() or 1)  # the other ranks are idle now
-        references = [train(args, None, device, f"one rank, run {i + 1}")[0] for i in range(repeats)]
-    failure = 0
+    failure = agree_on(prepare_folder(args) if is_first else None, group)
+    if failure:
+        if is_first:
+            print(f"train.py: error: {failure}", file=sys.stderr)
+        return 2
+    recorder = Recorder(args.out) if is_first else None
+    state = TrainingState(args, device)
+    first_step = state.load(args.out) if args.resume else 0
+    with Interrupt() as interrupt:
+        losses = train(args, state, first_step, group, device, f"cp {ranks}", recorder, interrupt)
+        state.save(args.out, first_step + len(losses), group)
+    if interrupt.seen:
+        if is_first:
+            print(f"interrupted: saved; go on with --resume {args.out}")
+        return INTERRUPTED
+    verdict = 0
     if is_first:
-        failure = report(args, losses, rates, references, ranks, device)
+        references: list[list[float]] = []
+        if args.verify:
+            references = reference_losses(args, device, first_step)
+        verdict = report(args, first_step, losses, references, ranks, device)
     if group is not None:  # every rank ends with the verdict of the first
-        verdict = torch.tensor([failure], device=device)
-        dist.broadcast(verdict, src=0, group=group)
-        failure = int(verdict.item())
-    return failure
+        shared = torch.tensor([verdict], device=device)
+        dist.broadcast(shared, src=0, group=group)
+        verdict = int(shared.item())
+    return verdict
 
 
-def train(args: argparse.Namespace, group: ProcessGroup | None, device: torch.device, name: str) -> tuple[list[float], list[float]]:
-    """Train from the seed; returns (loss, tokens/s) of each step. With group None it is the single-rank run on whole sequences."""
-    torch.manual_seed(args.seed)
-    model = Decoder(args).to(device)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr, betas=(0.9, 0.95), weight_decay=0.1)
-    is_first = group is None or dist.get_rank(group) == 0
-    losses, rates = [], []
-    progress = tqdm(packed_batches(args), total=args.steps, desc=name, unit="step", disable=not is_first)
-    for step, batch in enumerate(progress):
-        started = time.perf_counter()
-        for parameters in optimizer.param_groups:
-            parameters["lr"] = args.lr * min(1.0, (step + 1) / 10)
-        plan = make_cp_plan(len(batch.tokens), group=group, cu_seqlens=batch.cu_seqlens)
-        tokens, labels = (plan.shard(x.to(device)) for x in (batch.tokens, batch.labels))
-        with torch.autocast(device.type, torch.bfloat16, enabled=args.dtype == "bfloat16"):
-            logits = model(tokens, plan)
-        labels = labels.masked_fill(~plan.token_mask.to(device), IGNORED)
-        # Summed, and divided by the count over all ranks, so that gradients over ranks add up to the whole sequence's.
-        loss = F.cross_entropy(logits.float(), labels, ignore_index=IGNORED, reduction="sum") / batch.num_labels
-        loss.backward()
-        total = loss.detach().double()
+def prepare_folder(args: argparse.Namespace) -> str | None:
+    """Make --out before anything is computed; why that is not possible, or None."""
+    folder: Path = args.out
+    if args.resume is None and (folder / "metrics.csv").exists():
+        return f"--out {folder} holds another run: choose a new folder, or --resume {folder}"
+    not_settings = {"documents", "verify", "resume", "out"}
+    settings = {name: value for name, value in vars(args).items() if name not in not_settings}
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "settings.json").write_text(json.dumps(settings, indent=1))
+    except OSError as error:
+        return f"--out {folder} cannot be written: {error}"
+    return None
+
+
+def agree_on(failure: str | None, group: ProcessGroup | None) -> str | None:
+    """The first rank's failure, on every rank."""
+    if group is None:
+        return failure
+    shared = [failure]
+    dist.broadcast_object_list(shared, src=0, group=group)
+    return shared[0]
+
+
+class Interrupt:
+    """Ctrl-C, or SIGTERM, is noted while training runs. A second one ends the process at once."""
+
+    def __init__(self) -> None:
+        self.seen = False
+        self._before: dict[int, Any] = {}
+
+    def __enter__(self) -> Interrupt:
+        for number in (signal.SIGINT, signal.SIGTERM):
+            self._before[number] = signal.signal(number, self._note)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def _note(self, number: int, frame: FrameType | None) -> None:
+        self.seen = True
+        signal.signal(number, self._before[number])
+
+
+class Recorder:
+    """metrics.csv, a line per step, each on disk before the next step begins."""
+
+    def __init__(self, folder: Path) -> None:
+        self._path = folder / "metrics.csv"
+        if not self._path.exists():
+            self._path.write_text("step,loss,tokens_per_s\n")
+
+    def keep_before(self, step: int) -> None:
+        """Drop the lines from ``step`` on, which come again after a resume."""
+        lines = self._path.read_text().splitlines(keepends=True)
+        self._path.write_text("".join(lines[: 1 + step]))
+
+    def write(self, step: int, loss: float, rate: float) -> None:
+        with self._path.open("a", newline="") as file:
+            csv.writer(file).writerow([step, loss, rate])
+
+    def losses(self) -> list[float]:
+        with self._path.open() as file:
+            return [float(row["loss"]) for row in csv.DictReader(file)]
+
+
+class TrainingState:
+    """Model and optimizer of one run, and their checkpoint."""
+
+    def __init__(self, args: argparse.Namespace, device: torch.device) -> None:
+        torch.manual_seed(args.seed)
+        self.model = Decoder(args).to(device)
+        self.optimizer = torch.optim.AdamW(
+            self.model.parameters(), lr=args.lr, betas=(0.9, 0.95), weight_decay=0.1
+        )
+
+    def save(self, folder: Path, next_step: int, group: ProcessGroup | None) -> None:
+        """Write folder/checkpoint; the old one is kept until the new one is whole."""
+        new, old = folder / "checkpoint.new", folder / "checkpoint"
+        model, optimizer = get_state_dict(self.model, self.optimizer)
+        state = {"model": model, "optimizer": optimizer, "next_step": next_step}
+        dcp.save(state, checkpoint_id=new, process_group=group, no_dist=group is None)
+        if group is None or dist.get_rank(group) == 0:
+            shutil.rmtree(old, ignore_errors=True)
+            new.rename(old)
         if group is not None:
-            sum_gradients(model, group)
-            dist.all_reduce(total, group=group)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-        losses.append(total.item())
-        rates.append(len(batch.tokens) / (time.perf_counter() - started))
-        progress.set_postfix_str(f"loss {losses[-1]:.4f}, {rates[-1]:,.0f} tokens/s")
-    return losses, rates
+            dist.barrier(group)
+
+    def load(self, folder: Path) -> int:
+        """Read folder/checkpoint; returns the next step."""
+        model, optimizer = get_state_dict(self.model, self.optimizer)
+        state: dict[str, Any] = {"model": model, "optimizer": optimizer, "next_step": 0}
+        dcp.load(state, checkpoint_id=folder / "checkpoint", no_dist=not dist.is_initialized())
+        set_state_dict(
+            self.model,
+            self.optimizer,
+            model_state_dict=state["model"],
+            optim_state_dict=state["optimizer"],
+        )
+        return int(state["next_step"])
+
+
+def train(
+    args: argparse.Namespace,
+    state: TrainingState,
+    first_step: int,
+    group: ProcessGroup | None,
+    device: torch.device,
+    name: str,
+    recorder: Recorder | None = None,
+    interrupt: Interrupt | None = None,
+) -> list[float]:
+    """Train from ``first_step`` on; returns the loss of each step. group None: whole sequences."""
+    is_first = group is None or dist.get_rank(group) == 0
+    if recorder is not None:
+        recorder.keep_before(first_step)
+    losses: list[float] = []
+    batches = islice(packed_batches(args), first_step, args.steps)
+    total = max(0, args.steps - first_step)
+    progress = tqdm(batches, total=total, desc=name, unit="step", disable=not is_first)
+    for step, batch in enumerate(progress, first_step):
+        started = time.perf_counter()
+        loss, stop = train_step(args, state, step, batch, group, device, interrupt)
+        losses.append(loss)
+        rate = len(batch.tokens) / (time.perf_counter() - started)
+        progress.set_postfix_str(f"loss {loss:.4f}, {rate:,.0f} tokens/s")
+        if recorder is not None:
+            recorder.write(step, loss, rate)
+        if stop:
+            break
+        due = args.checkpoint_every and (step + 1) % args.checkpoint_every == 0
+        if due and interrupt is not None:
+            state.save(args.out, step + 1, group)
+    progress.close()
+    return losses
+
+
+def train_step(
+    args: argparse.Namespace,
+    state: TrainingState,
+    step: int,
+    batch: Batch,
+    group: ProcessGroup | None,
+    device: torch.device,
+    interrupt: Interrupt | None,
+) -> tuple[float, bool]:
+    """One optimizer step; returns the loss over all ranks, and whether any rank was interrupted."""
+    for parameters in state.optimizer.param_groups:
+        parameters["lr"] = args.lr * min(1.0, (step + 1) / 10)
+    plan = make_cp_plan(len(batch.tokens), group=group, cu_seqlens=batch.cu_seqlens)
+    tokens = plan.shard(batch.tokens.to(device))
+    labels = plan.shard(batch.labels.to(device), fill=IGNORED)
+    with torch.autocast(device.type, torch.bfloat16, enabled=args.dtype == "bfloat16"):
+        logits = state.model(tokens, plan)
+    # Summed, and divided by the count over all ranks: gradients over ranks add up to the whole
+    # sequence's.
+    loss = F.cross_entropy(logits.float(), labels, ignore_index=IGNORED, reduction="sum")
+    loss = loss / batch.num_labels
+    loss.backward()
+    interrupted = interrupt is not None and interrupt.seen
+    totals = torch.stack([loss.detach().double(), loss.new_tensor(interrupted).double()])
+    if group is not None:
+        sum_gradients(state.model, group)
+        dist.all_reduce(totals, group=group)
+    state.optimizer.step()
+    state.optimizer.zero_grad(set_to_none=True)
+    total, stop = totals.tolist()
+    if interrupt is not None and stop:
+        interrupt.seen = True
+    return total, bool(stop)
 
 
 def sum_gradients(model: nn.Module, group: ProcessGroup) -> None:
@@ -154,12 +368,35 @@ def sum_gradients(model: nn.Module, group: ProcessGroup) -> None:
         grad.copy_(summed.view_as(grad))
 
 
-# --- Data -----------------------------------------------------------------------------------------------------------------------
+def reference_losses(
+    args: argparse.Namespace, device: torch.device, first_step: int
+) -> list[list[float]]:
+    """Losses of single-rank runs over whole sequences, from ``first_step`` on.
+
+    On GPUs, bf16 kernels with atomics differ from run to run, so several runs are made.
+    """
+    repeats = GPU_REFERENCES if device.type == "cuda" else 1
+    torch.set_num_threads(os.cpu_count() or 1)  # the other ranks are idle now
+    runs = []
+    for number in range(repeats):
+        state = TrainingState(args, device)
+        name = f"one rank, run {number + 1}"
+        runs.append(train(args, state, 0, None, device, name)[first_step:])
+    return runs
+
+
+# --- Data ---------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class Batch:
-    """One packed sequence: tokens, labels int64 (T,), offsets of its documents, and how many labels count."""
+    """One packed sequence.
+
+    Attributes:
+        tokens, labels: int64 (T,).
+        cu_seqlens: offsets of its documents.
+        num_labels: how many labels count.
+    """
 
     tokens: Tensor
     labels: Tensor
@@ -168,11 +405,11 @@ class Batch:
 
 
 def packed_batches(args: argparse.Namespace) -> Iterator[Batch]:
-    """``steps`` sequences of documents packed back to back in a seeded order, cut where a sequence is full."""
-    documents = read_documents(args.data)
+    """Documents packed back to back in a seeded order, cut where a sequence is full."""
+    documents: list[bytes] = args.documents
     order = random.Random(args.seed)
     buffered, ends = bytearray(), []
-    for _ in range(args.steps):
+    while True:
         while len(buffered) < args.seq_len:
             buffered += documents[order.randrange(len(documents))]
             ends.append(len(buffered))
@@ -185,19 +422,28 @@ def packed_batches(args: argparse.Namespace) -> Iterator[Batch]:
         ends = [end - args.seq_len for end in ends if end > args.seq_len]
 
 
-def read_documents(path: Path | None) -> list[bytes]:
-    """The non-empty files of ``path``, or the sources of the standard library's top-level modules."""
-    if path is None:
+def read_documents(data: str | None) -> list[bytes]:
+    """The files of ``data`` with at least two bytes, or the standard library's top-level modules.
+
+    Raises:
+        OSError: a file cannot be read.
+        ValueError: there is no file, or none with a byte to predict.
+    """
+    if data is None:
         files = sorted(Path(sysconfig.get_paths()["stdlib"]).glob("*.py"))
+    elif not data or not Path(data).exists():
+        raise ValueError(f"{data or repr(data)} does not exist")
     else:
+        path = Path(data)
         files = sorted(f for f in path.rglob("*") if f.is_file()) if path.is_dir() else [path]
-    documents = [content for content in (f.read_bytes() for f in files) if content]
+    documents = [content for content in (f.read_bytes() for f in files) if len(content) >= 2]
     if not documents:
-        raise ValueError(f"no text found in {path or 'the standard library'}")
+        raise ValueError(f"{data} holds no file of at least two bytes: there is no byte to predict")
     return documents
 
 
-# --- Model ----------------------------------------------------------------------------------------------------------------------
+# --- Model
+# --------------------------------------------------------------------------------------------------
 
 
 class Decoder(nn.Module):
@@ -231,7 +477,11 @@ class Block(nn.Module):
         self.attention = Attention(args)
         self.mlp_norm = nn.RMSNorm(args.dim)
         hidden = args.dim * 8 // 3
-        self.gate, self.up, self.down = nn.Linear(args.dim, hidden), nn.Linear(args.dim, hidden), nn.Linear(hidden, args.dim)
+        self.gate, self.up, self.down = (
+            nn.Linear(args.dim, hidden),
+            nn.Linear(args.dim, hidden),
+            nn.Linear(hidden, args.dim),
+        )
 
     def forward(self, x: Tensor, rotation: tuple[Tensor, Tensor], plan: CPPlan) -> Tensor:
         x = x + self.attention(self.attention_norm(x), rotation, plan)
@@ -252,7 +502,9 @@ class Attention(nn.Module):
     def forward(self, x: Tensor, rotation: tuple[Tensor, Tensor], plan: CPPlan) -> Tensor:
         heads = self.qkv(x).unflatten(-1, (-1, self.head_dim))
         q, k, v = heads.split([self.heads, self.kv_heads, self.kv_heads], dim=-2)
-        return self.out(self.attention(rotate(q, rotation), rotate(k, rotation), v, plan=plan).flatten(-2))
+        return self.out(
+            self.attention(rotate(q, rotation), rotate(k, rotation), v, plan=plan).flatten(-2)
+        )
 
 
 def rotary_embedding(position_ids: Tensor, head_dim: int) -> tuple[Tensor, Tensor]:
@@ -269,81 +521,102 @@ def rotate(x: Tensor, rotation: tuple[Tensor, Tensor]) -> Tensor:
     return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1).to(x.dtype)
 
 
-# --- Report ---------------------------------------------------------------------------------------------------------------------
+# --- Report -------------------------------------------------------------------------------------
 
 
 def report(
     args: argparse.Namespace,
+    first_step: int,
     losses: list[float],
-    rates: list[float],
     references: list[list[float]],
     ranks: int,
     device: torch.device,
 ) -> int:
-    """Write metrics.csv and loss.png, print the verdict, and return the exit code."""
-    folder: Path = args.out or Path("runs") / datetime.datetime.now().strftime("%Y-%m-%d_%H-%M-%S")
-    folder.mkdir(parents=True, exist_ok=True)
-    with (folder / "metrics.csv").open("w", newline="") as file:
-        writer = csv.writer(file)
-        writer.writerow(["step", "loss", "tokens_per_s", *(f"single_rank_loss_{i + 1}" for i in range(len(references)))])
-        for step, row in enumerate(zip(losses, rates, *references, strict=True)):
-            writer.writerow([step, *row])
-    plot(folder / "loss.png", losses, references, ranks, device)
-    print(f"loss {losses[0]:.4f} → {losses[-1]:.4f} in {len(losses)} steps; wrote {folder}/metrics.csv and loss.png")
+    """Write verify.csv and loss.png, print the verdict, and return the exit code."""
+    folder: Path = args.out
+    plot(folder / "loss.png", Recorder(folder).losses(), first_step, references, ranks, device)
+    if losses:
+        print(f"loss {losses[0]:.4f} → {losses[-1]:.4f} in {len(losses)} steps; see {folder}")
+    else:
+        print(f"nothing to do: {first_step} steps are done; see {folder}")
     if not references:
         return 0
+    with (folder / "verify.csv").open("w", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow(
+            ["step", "loss", *(f"single_rank_loss_{i + 1}" for i in range(len(references)))]
+        )
+        for step, row in enumerate(zip(losses, *references, strict=True), first_step):
+            writer.writerow([step, *row])
+    return verdict_on(args, losses, references, ranks)
+
+
+def verdict_on(
+    args: argparse.Namespace, losses: list[float], references: list[list[float]], ranks: int
+) -> int:
+    """Print whether the losses agree; returns the exit code."""
     if not all(math.isfinite(loss) for run in (losses, *references) for loss in run):
         print("verify: FAILED: a loss is not finite")
         return 1
     mean = [statistics.fmean(step) for step in zip(*references, strict=True)]
     difference = largest_difference(losses, mean)
+    bound, what = FP32_TOLERANCE, f"{FP32_TOLERANCE:g}"
     if args.dtype == "bfloat16":
-        spread = max((largest_difference(a, b) for i, a in enumerate(references) for b in references[:i]), default=0.0)
+        pairs = ((a, b) for i, a in enumerate(references) for b in references[:i])
+        spread = max((largest_difference(a, b) for a, b in pairs), default=0.0)
         bound, what = 2 * spread, f"twice the run-to-run spread of one rank, {spread:.2e}"
         if spread == 0:
-            bound, what = BF16_ROUNDING, "one rounding to bf16, as runs of one rank do not differ"
-    else:
-        bound, what = FP32_TOLERANCE, f"{FP32_TOLERANCE:g}"
+            bound = BF16_ROUNDING
+            what = "one rounding to bf16, as runs of one rank do not differ"
     agrees = difference <= bound
-    verdict = "ok" if agrees else "FAILED"
-    print(f"verify: losses of {ranks} ranks and of one differ by at most {difference:.2e} relative; allowed is {what}: {verdict}")
+    print(
+        f"verify: losses of {ranks} ranks and of one differ by at most {difference:.2e} relative; "
+        f"allowed is {what}: {'ok' if agrees else 'FAILED'}"
+    )
     return 0 if agrees else 1
 
 
 def largest_difference(losses: list[float], reference: list[float]) -> float:
     """Largest relative difference over the steps."""
-    return max(abs(a - b) / abs(b) for a, b in zip(losses, reference, strict=True))
+    return max((abs(a - b) / abs(b) for a, b in zip(losses, reference, strict=True)), default=0.0)
 
 
-def plot(path: Path, losses: list[float], references: list[list[float]], ranks: int, device: torch.device) -> None:
-    """Loss over steps, this run beside the single-rank reference, and below it their relative difference."""
+def plot(
+    path: Path,
+    losses: list[float],
+    first_step: int,
+    references: list[list[float]],
+    ranks: int,
+    device: torch.device,
+) -> None:
+    """Loss over steps; with references, the first of them, and below the relative difference."""
     import matplotlib as mpl
 
     mpl.use("Agg")
     import matplotlib.pyplot as plt
 
+    rows = 2 if references else 1
     figure, axes = plt.subplots(
-        2 if references else 1,
-        1,
-        figsize=(8, 6 if references else 4),
-        sharex=True,
-        squeeze=False,
-        height_ratios=[3, 1][: 2 if references else 1],
-    )
-    axis = axes[0][0]
-    where = "GPU" if device.type == "cuda" else "CPU"
-    for i, reference in enumerate(references[:1]):
-        axis.plot(reference, color="#f28e2b", linewidth=5, alpha=0.5, label=f"one {where}, whole sequence", zorder=i)
-    axis.plot(losses, color="#1f4e79", linewidth=1.6, label=f"context-parallel over {ranks} {where} rank{'s' if ranks > 1 else ''}")
+        rows, 1, figsize=(8, 3 + 1.5 * rows), sharex=True, squeeze=False,
+        height_ratios=[3, 1][:rows],
+    )  # fmt: skip
+    axis, where = axes[0][0], "GPU" if device.type == "cuda" else "CPU"
+    plural = "s" if ranks > 1 else ""
+    steps = range(first_step, first_step + len(references[0]) if references else first_step)
+    if references:
+        label = f"one {where}, whole sequence"
+        axis.plot(steps, references[0], color="#f28e2b", linewidth=5, alpha=0.5, label=label)
+    label = f"context-parallel over {ranks} {where} rank{plural}"
+    axis.plot(losses, color="#1f4e79", linewidth=1.6, label=label)
     axis.set_ylabel("loss (nats per byte)")
     axis.set_title("Byte-level decoder with attention sinks, trained on the text it was given")
     axis.grid(alpha=0.25)
     axis.legend(frameon=False)
     if references:
         below = axes[1][0]
-        below.semilogy(
-            [max(abs(a - b) / b, 1e-12) for a, b in zip(losses, references[0], strict=True)], color="#1f4e79", linewidth=1.2
-        )
+        pairs = zip(losses[first_step:], references[0], strict=True)
+        apart = [max(abs(a - b) / b, 1e-12) for a, b in pairs]
+        below.semilogy(steps, apart, color="#1f4e79", linewidth=1.2)
         below.set_ylabel("relative\ndifference")
         below.grid(alpha=0.25)
     axes[-1][0].set_xlabel("step")
@@ -352,4 +625,5 @@ def plot(path: Path, losses: list[float], references: list[list[float]], ranks: 
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    with contextlib.suppress(BrokenPipeError):  # of `| head`
+        sys.exit(main())

@@ -1,1 +1,1 @@
-"""Context parallelism: token layouts and schedules (pure functions), transport, and the differentiable attention over ranks."""
+"""Ranks: planning, plan, methods, transport and guards. Imports only from magi_sink_cp.kernels."""

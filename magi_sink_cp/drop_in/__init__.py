@@ -1,1 +1,4 @@
-"""FlashAttention's functions with a ``sink`` argument: one module for each generation of its interface."""
+"""FlashAttention's functions with a ``sink`` argument.
+
+One module for each generation of its interface.
+"""

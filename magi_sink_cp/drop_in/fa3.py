@@ -1,7 +1,8 @@
 """FlashAttention-3's public functions with ``sink`` and ``sink_layout`` right after the tensors.
 
-They run on FlashAttention-3, on a Hopper GPU; on CPU tensors they run on this package's cpu backend. Where FlashAttention-3 is
-missing they raise, unless :func:`magi_sink_cp.set_fallback` allows the next backend.
+They run on FlashAttention-3, on a Hopper GPU; on CPU tensors they run on this package's cpu
+backend. Where FlashAttention-3 is missing they raise, unless :func:`magi_sink_cp.set_fallback`
+allows the next backend.
 """
 
 from __future__ import annotations
@@ -11,8 +12,7 @@ from collections.abc import Sequence
 from torch import Tensor
 
 from magi_sink_cp.drop_in.common import check_packed, dense, make_extras, varlen
-from magi_sink_cp.kernels.inputs import make_params
-from magi_sink_cp.ops import Lengths
+from magi_sink_cp.kernels.checks import check_sink_is_tensor, make_params
 
 
 def fa3_func_with_sink(
@@ -27,7 +27,7 @@ def fa3_func_with_sink(
     q_descale: Tensor | None = None,
     k_descale: Tensor | None = None,
     v_descale: Tensor | None = None,
-    window_size: Sequence[int] = (-1, -1),
+    window_size: Sequence[int | None] = (-1, -1),
     attention_chunk: int = 0,
     softcap: float = 0.0,
     num_splits: int = 1,
@@ -36,42 +36,53 @@ def fa3_func_with_sink(
     sm_margin: int = 0,
     return_attn_probs: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor]:
-    """``flash_attn_func`` of FlashAttention-3 with learnable sinks; differentiable in q, k, v and sink.
+    """``flash_attn_func`` of FlashAttention-3 with learnable sinks; differentiable in q, k, v and
+    sink.
 
-    For row i and head h, with scores S_ij over the visible keys and sink logits z: out_i = Σ_j exp(S_ij - lse_i) v_j with
+    For row i and head h, with scores S_ij over the visible keys and sink logits z: out_i = Σ_j
+        exp(S_ij - lse_i) v_j with
     lse_i = log(Σ_j exp S_ij + Σ_s exp z_s), natural log (the sinks of gpt-oss).
 
     Args:
-        q: (b, sq, h, d), fp16 or bf16; fp8 e4m3 in a forward without gradients. On the CPU fp32 and fp64 too.
+        q: (b, sq, h, d), fp16 or bf16; fp8 e4m3 in a forward without gradients. On the CPU fp32 and
+            fp64 too.
         k: (b, sk, h_kv, d); h_kv divides h.
         v: (b, sk, h_kv, d_v); the kernels decide which d_v other than d they have.
-        sink: logits, fp32 (bf16 and fp16 are computed in fp32), (s_sink, h) or per row (b, sq, s_sink, h). None: plain attention.
+        sink: logits, fp32 (bf16 and fp16 are computed in fp32), (s_sink, h) or per row (b, sq,
+            s_sink, h). None: plain attention.
         sink_layout: "sh" or "ssh", the two shapes of sink.
         softmax_scale: factor on the scores, default d^-1/2, with qv (d + d_v)^-1/2.
         causal: mask aligned to the bottom right: row i sees keys up to i + sk - sq.
         qv: (b, sq, h, d_v), adds qv·v to the scores; forward only.
         q_descale, k_descale, v_descale: fp32 (b, h_kv), factors on fp8 q, k and v; forward only.
-        window_size: (left, right) tokens seen around i + sk - sq; -1 is unlimited; causal makes right 0.
+        window_size: (left, right) tokens seen around i + sk - sq; -1 is unlimited; causal makes
+            right 0.
         attention_chunk: row i sees keys of its own chunk of this many keys; 0 is off; forward only.
         softcap: scores become softcap · tanh(scores / softcap); 0 is off.
-        num_splits, pack_gqa, sm_margin: the kernel's division of work, as in FlashAttention-3 (sm_margin in SMs).
+        num_splits, pack_gqa, sm_margin: the kernel's division of work, as in FlashAttention-3
+            (sm_margin in SMs).
         deterministic: the backward gives the same bits in every run.
         return_attn_probs: also return softmax_lse.
 
     Returns:
-        out (b, sq, h, d_v) in the dtype of q (bf16 for fp8), or (out, softmax_lse) with softmax_lse fp32 (b, h, sq), the sink
-        included. A gradient that reaches softmax_lse is exact.
+        out (b, sq, h, d_v) in the dtype of q (bf16 for fp8), or (out, softmax_lse) with softmax_lse
+        fp32 (b, h, sq), the sink included. A gradient that reaches softmax_lse is exact.
 
     Raises:
-        TypeError, ValueError: before any kernel runs: an invalid argument, something the kernels cannot do, or no FlashAttention-3.
+        TypeError, ValueError: before any kernel runs: an invalid argument, something the kernels
+            cannot do, or no FlashAttention-3.
     """
+    check_sink_is_tensor(sink, sink_layout)
     head_dim = _scale_dim(q, v, qv)
     params = make_params(
         head_dim, softmax_scale, causal, window_size, softcap, deterministic,
-        attention_chunk=attention_chunk, num_splits=num_splits, pack_gqa=pack_gqa, sm_margin=sm_margin,
+        attention_chunk=attention_chunk, num_splits=num_splits, pack_gqa=pack_gqa,
+        sm_margin=sm_margin,
     )  # fmt: skip
     extras = make_extras(qv=qv, q_descale=q_descale, k_descale=k_descale, v_descale=v_descale)
-    out, lse, _ = dense("fa3", (q, k, v), sink, sink_layout, params, want_lse=return_attn_probs, extras=extras)
+    out, lse, _ = dense(
+        "fa3", (q, k, v), sink, sink_layout, params, want_lse=return_attn_probs, extras=extras
+    )
     return (out, lse) if return_attn_probs else out
 
 
@@ -93,7 +104,7 @@ def fa3_varlen_func_with_sink(
     q_descale: Tensor | None = None,
     k_descale: Tensor | None = None,
     v_descale: Tensor | None = None,
-    window_size: Sequence[int] = (-1, -1),
+    window_size: Sequence[int | None] = (-1, -1),
     attention_chunk: int = 0,
     softcap: float = 0.0,
     num_splits: int = 1,
@@ -102,29 +113,45 @@ def fa3_varlen_func_with_sink(
     sm_margin: int = 0,
     return_attn_probs: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor]:
-    """``flash_attn_varlen_func`` of FlashAttention-3 with learnable sinks: packed documents, which do not see each other.
+    """``flash_attn_varlen_func`` of FlashAttention-3 with learnable sinks: packed documents, which
+    do not see each other.
 
     Args:
         q: (total_q, h, d); k: (total_k, h_kv, d); v: (total_k, h_kv, d_v).
-        cu_seqlens_q, cu_seqlens_k: int32 (documents + 1,) offsets, on the device of q. They end at total_q and total_k.
-            CUDA offsets are not read by the host, as in FlashAttention: nothing here waits for the GPU. Rows behind the last
-            document are unspecified, as there; with a sink they count as rows without a key, so that dsink is right.
-        max_seqlen_q, max_seqlen_k: longest document, at least. None reads it from the offsets (on a GPU this waits once a tensor).
+        cu_seqlens_q, cu_seqlens_k: int32 (documents + 1,) offsets, on the device of q. They end at
+            total_q and total_k. CUDA offsets are not read by the host, as in FlashAttention:
+            nothing here waits for the GPU. Rows behind the last document are unspecified, as there;
+            with a sink they count as rows without a key, so that dsink is right.
+        max_seqlen_q, max_seqlen_k: longest document, at least. None reads it from the offsets (on a
+            GPU this waits once a tensor).
         sink: (s_sink, h), or with sink_layout="ssh" (total_q, s_sink, h).
-        seqused_q, seqused_k: int32 (documents,): only so many rows and keys of each document exist. Other rows are rows without
-            a visible key: out is 0 and lse is the sinks' alone.
+        seqused_q, seqused_k: int32 (documents,): only so many rows and keys of each document exist.
+            In other rows out is 0 and lse is the sinks' alone. They contribute to no gradient,
+            whatever stands in them.
         qv: (total_q, h, d_v). q_descale, k_descale, v_descale: fp32 (documents, h_kv).
 
-    The others, the errors and out (total_q, h, d_v) are as in :func:`fa3_func_with_sink`; softmax_lse is fp32 (h, total_q).
+    The others, the errors and out (total_q, h, d_v) are as in :func:`fa3_func_with_sink`;
+    softmax_lse is fp32 (h, total_q).
     """
+    check_sink_is_tensor(sink, sink_layout)
     head_dim = _scale_dim(q, v, qv)
     params = make_params(
         head_dim, softmax_scale, causal, window_size, softcap, deterministic,
-        attention_chunk=attention_chunk, num_splits=num_splits, pack_gqa=pack_gqa, sm_margin=sm_margin,
+        attention_chunk=attention_chunk, num_splits=num_splits, pack_gqa=pack_gqa,
+        sm_margin=sm_margin,
     )  # fmt: skip
     extras = make_extras(qv=qv, q_descale=q_descale, k_descale=k_descale, v_descale=v_descale)
-    lengths = Lengths(cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, seqused_q, seqused_k)
-    out, lse, _ = varlen("fa3", (q, k, v), sink, sink_layout, params, lengths, want_lse=return_attn_probs, extras=extras)
+    lengths = (cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, seqused_q, seqused_k)
+    out, lse, _ = varlen(
+        "fa3",
+        (q, k, v),
+        sink,
+        sink_layout,
+        params,
+        lengths,
+        want_lse=return_attn_probs,
+        extras=extras,
+    )
     return (out, lse) if return_attn_probs else out
 
 
@@ -137,7 +164,7 @@ def fa3_qkvpacked_func_with_sink(
     q_descale: Tensor | None = None,
     k_descale: Tensor | None = None,
     v_descale: Tensor | None = None,
-    window_size: Sequence[int] = (-1, -1),
+    window_size: Sequence[int | None] = (-1, -1),
     attention_chunk: int = 0,
     softcap: float = 0.0,
     deterministic: bool = False,
@@ -145,7 +172,8 @@ def fa3_qkvpacked_func_with_sink(
     sm_margin: int = 0,
     return_attn_probs: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor]:
-    """``flash_attn_qkvpacked_func`` of FlashAttention-3 with learnable sinks. The backward writes dqkv where it belongs.
+    """``flash_attn_qkvpacked_func`` of FlashAttention-3 with learnable sinks. The backward writes
+    dqkv where it belongs.
 
     Args:
         qkv: (b, s, 3, h, d), or (b, s, num_heads_q + 2 h_kv, d) with num_heads_q given.
@@ -154,37 +182,62 @@ def fa3_qkvpacked_func_with_sink(
 
     The others, the errors and the results are as in :func:`fa3_func_with_sink`.
     """
+    check_sink_is_tensor(sink, sink_layout)
     if not isinstance(qkv, Tensor):
         raise TypeError(f"qkv must be a torch.Tensor, got {type(qkv).__name__}")
     if qkv.dim() == 4:
         _check_num_heads_q(qkv, num_heads_q)
     else:
-        check_packed("qkv", qkv, 5, "(batch, seqlen, 3, heads, head_dim), or (batch, seqlen, heads + 2 heads_kv, head_dim)", 3)
+        check_packed(
+            "qkv",
+            qkv,
+            5,
+            "(batch, seqlen, 3, heads, head_dim), or (batch, seqlen, heads + 2 heads_kv, head_dim)",
+            3,
+        )
         if num_heads_q is not None:
-            raise ValueError(f"num_heads_q is for a 4-dimensional qkv, got num_heads_q={num_heads_q} with qkv {tuple(qkv.shape)}")
+            raise ValueError(
+                f"num_heads_q is for a 4-dimensional qkv, got num_heads_q={num_heads_q} with qkv "
+                f"{tuple(qkv.shape)}"
+            )
     params = make_params(
         qkv.shape[-1], softmax_scale, causal, window_size, softcap, deterministic,
         attention_chunk=attention_chunk, sm_margin=sm_margin,
     )  # fmt: skip
     extras = make_extras(q_descale=q_descale, k_descale=k_descale, v_descale=v_descale)
     out, lse, _ = dense(
-        "fa3", (qkv,), sink, sink_layout, params, want_lse=return_attn_probs, num_heads_q=num_heads_q or 0, extras=extras
+        "fa3",
+        (qkv,),
+        sink,
+        sink_layout,
+        params,
+        want_lse=return_attn_probs,
+        num_heads_q=num_heads_q or 0,
+        extras=extras,
     )
     return (out, lse) if return_attn_probs else out
 
 
 def _check_num_heads_q(qkv: Tensor, num_heads_q: int | None) -> None:
     heads = qkv.shape[2]
-    valid = isinstance(num_heads_q, int) and not isinstance(num_heads_q, bool) and 0 < num_heads_q < heads
+    valid = (
+        isinstance(num_heads_q, int)
+        and not isinstance(num_heads_q, bool)
+        and 0 < num_heads_q < heads
+    )
     if not valid or (heads - num_heads_q) % 2 or num_heads_q % ((heads - num_heads_q) // 2):  # type: ignore[operator]
         raise ValueError(
-            "num_heads_q must be the number of query heads h of a 4-dimensional qkv (batch, seqlen, h + 2 h_kv, head_dim), with "
+            "num_heads_q must be the number of query heads h of a 4-dimensional qkv (batch, "
+            "seqlen, h + 2 h_kv, head_dim), with "
             f"h_kv dividing h; got num_heads_q={num_heads_q!r} for qkv {tuple(qkv.shape)}"
         )
 
 
 def _scale_dim(q: Tensor, v: Tensor, qv: Tensor | None) -> int:
-    """What the default softmax_scale is the inverse root of; 1 for inputs that are about to be refused."""
+    """What the default softmax_scale is the inverse root of.
+
+    1 for inputs that are about to be refused.
+    """
     if not isinstance(q, Tensor) or not isinstance(v, Tensor) or q.dim() == 0 or v.dim() == 0:
         return 1
     return max(1, q.shape[-1] + (0 if qv is None else v.shape[-1]))

@@ -1,8 +1,10 @@
-"""FlashAttention-4's public functions with ``sink`` and ``sink_layout`` right after the tensors (and lengths).
+"""FlashAttention-4's public functions with ``sink`` and ``sink_layout`` right after the tensors
+(and lengths).
 
-They run on FlashAttention-4 (package flash-attn-4), on a Hopper or Blackwell GPU; on CPU tensors they run on this package's cpu
-backend. Where FlashAttention-4 is missing they raise, unless :func:`magi_sink_cp.set_fallback` allows the next backend. One sink a
-head, shared by the rows, runs in FlashAttention-4's own kernels; more sinks, or sinks per row, take this package's correction.
+They run on FlashAttention-4 (package flash-attn-4), on a Hopper or Blackwell GPU; on CPU tensors
+they run on this package's cpu backend. Where FlashAttention-4 is missing they raise, unless
+:func:`magi_sink_cp.set_fallback` allows the next backend. One sink a head, shared by the rows, runs
+in FlashAttention-4's own kernels; more sinks, or sinks per row, take this package's correction.
 """
 
 from __future__ import annotations
@@ -13,9 +15,8 @@ import torch
 from torch import Tensor
 
 from magi_sink_cp.drop_in.common import dense, refuse, varlen
-from magi_sink_cp.kernels.inputs import make_params
+from magi_sink_cp.kernels.checks import check_sink_is_tensor, make_params
 from magi_sink_cp.kernels.protocol import AttentionParams
-from magi_sink_cp.ops import Lengths
 
 _Window = tuple[int | None, int | None]
 
@@ -49,43 +50,58 @@ def fa4_func_with_sink(
     *,
     return_attn_probs: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor]:
-    """``flash_attn_func`` of FlashAttention-4 with learnable sinks; differentiable in q, k, v and the sinks.
+    """``flash_attn_func`` of FlashAttention-4 with learnable sinks; differentiable in q, k, v and
+    the sinks.
 
-    For row i and head h, with scores S_ij over the visible keys and sink logits z: out_i = Σ_j exp(S_ij - lse_i) v_j with
+    For row i and head h, with scores S_ij over the visible keys and sink logits z: out_i = Σ_j
+        exp(S_ij - lse_i) v_j with
     lse_i = log(Σ_j exp S_ij + Σ_s exp z_s), natural log (the sinks of gpt-oss).
 
     Args:
-        q: (b, sq, h, d), fp16 or bf16 (on the CPU fp32 and fp64 too). On Hopper d is 64, 96, 128, 192 or 256.
+        q: (b, sq, h, d), fp16 or bf16 (on the CPU fp32 and fp64 too). On Hopper d is 64, 96, 128,
+            192 or 256.
         k, v: (b, sk, h_kv, d); h_kv divides h.
-        sink: logits, fp32 (bf16 and fp16 are computed in fp32), (s_sink, h) or per row (b, sq, s_sink, h). None: plain attention.
+        sink: logits, fp32 (bf16 and fp16 are computed in fp32), (s_sink, h) or per row (b, sq,
+            s_sink, h). None: plain attention.
         sink_layout: "sh" or "ssh", the two shapes of sink.
         softmax_scale: factor on the scores, default d^-1/2.
         causal: mask aligned to the bottom right: row i sees keys up to i + sk - sq.
-        window_size: (left, right) tokens seen around i + sk - sq; None (or -1) is unlimited; causal makes right 0.
-        learnable_sink: (h,), FlashAttention-4's own name for one sink a head: the same as sink=learnable_sink[None].
+        window_size: (left, right) tokens seen around i + sk - sq; None is unlimited, and so is
+            (-1, -1). Other negative limits are refused. causal sets right to 0.
+        learnable_sink: (h,), FlashAttention-4's own name for one sink a head: the same as
+            sink=learnable_sink[None].
         softcap: scores become softcap · tanh(scores / softcap); 0 is off.
         num_splits, pack_gqa: the kernel's division of work, as in FlashAttention-4.
         deterministic: the backward gives the same bits in every run.
-        qv, gather_kv_indices, score_mod, score_mod_bwd, mask_mod, aux_tensors, aux_scalars, block_sparse_tensors,
-            block_sparse_tensors_bwd, gather_bwd_recompute_p, gather_bwd_token_chunk: FlashAttention-4's other masks and
+        qv, gather_kv_indices, score_mod, score_mod_bwd, mask_mod, aux_tensors, aux_scalars,
+        block_sparse_tensors,
+            block_sparse_tensors_bwd, gather_bwd_recompute_p, gather_bwd_token_chunk:
+                FlashAttention-4's other masks and
             scores, which must stay None (or False) here.
         return_lse, return_attn_probs: either also returns lse.
 
     Returns:
-        out like q, or (out, lse) with lse fp32 (b, h, sq), the sink included. A gradient that reaches lse is exact.
+        out like q, or (out, lse) with lse fp32 (b, h, sq), the sink included. A gradient that
+        reaches lse is exact.
 
     Raises:
         NotImplementedError: an argument that must stay None.
-        TypeError, ValueError: before any kernel runs: an invalid argument, something the kernels cannot do, or no FlashAttention-4.
+        TypeError, ValueError: before any kernel runs: an invalid argument, something the kernels
+            cannot do, or no FlashAttention-4.
     """
     refuse(
-        qv=qv, gather_kv_indices=gather_kv_indices, score_mod=score_mod, score_mod_bwd=score_mod_bwd, mask_mod=mask_mod,
+        qv=qv, gather_kv_indices=gather_kv_indices, score_mod=score_mod,
+        score_mod_bwd=score_mod_bwd, mask_mod=mask_mod,
         aux_tensors=aux_tensors, aux_scalars=aux_scalars, block_sparse_tensors=block_sparse_tensors,
-        block_sparse_tensors_bwd=block_sparse_tensors_bwd, gather_bwd_recompute_p=gather_bwd_recompute_p or None,
+        block_sparse_tensors_bwd=block_sparse_tensors_bwd,
+        gather_bwd_recompute_p=gather_bwd_recompute_p or None,
         gather_bwd_token_chunk=gather_bwd_token_chunk,
     )  # fmt: skip
+    check_sink_is_tensor(sink, sink_layout)
     sink = _one_sink(q, sink, learnable_sink)
-    params = _params(q, softmax_scale, causal, window_size, softcap, num_splits, pack_gqa, deterministic)
+    params = _params(
+        q, softmax_scale, causal, window_size, softcap, num_splits, pack_gqa, deterministic
+    )
     want_lse = _either(return_lse, return_attn_probs)
     out, lse, _ = dense("fa4", (q, k, v), sink, sink_layout, params, want_lse=want_lse)
     return (out, lse) if want_lse else out
@@ -130,31 +146,40 @@ def fa4_varlen_func_with_sink(
     *,
     return_attn_probs: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor]:
-    """``flash_attn_varlen_func`` of FlashAttention-4 with learnable sinks: packed documents, which do not see each other.
+    """``flash_attn_varlen_func`` of FlashAttention-4 with learnable sinks: packed documents, which
+    do not see each other.
 
     Args:
         q: (total_q, h, d); k, v: (total_k, h_kv, d).
-        cu_seqlens_q, cu_seqlens_k: int32 (documents + 1,) offsets, on the device of q. They end at total_q and total_k.
-            CUDA offsets are not read by the host, as in FlashAttention.
-        max_seqlen_q, max_seqlen_k: longest document, at least. None reads it from the offsets (on a GPU this waits once a tensor).
+        cu_seqlens_q, cu_seqlens_k: int32 (documents + 1,) offsets, on the device of q. They end at
+            total_q and total_k. CUDA offsets are not read by the host, as in FlashAttention.
+        max_seqlen_q, max_seqlen_k: longest document, at least. None reads it from the offsets (on a
+            GPU this waits once a tensor).
         sink: (s_sink, h), or with sink_layout="ssh" (total_q, s_sink, h).
-        qv, min_seqlen_k, seqused_q, seqused_k, gather_kv_indices, page_table, score_mod, score_mod_bwd, mask_mod,
-            block_sparse_tensors, aux_tensors, aux_scalars, scheduler_metadata, seqlen_k_per_split, disable_scheduler_metadata,
-            gather_bwd_recompute_p, gather_bwd_token_chunk: FlashAttention-4's, which must stay None (or False) here.
+        qv, min_seqlen_k, seqused_q, seqused_k, gather_kv_indices, page_table, score_mod,
+        score_mod_bwd, mask_mod,
+            block_sparse_tensors, aux_tensors, aux_scalars, scheduler_metadata, seqlen_k_per_split,
+            disable_scheduler_metadata, gather_bwd_recompute_p, gather_bwd_token_chunk:
+            FlashAttention-4's, which must stay None (or False) here.
 
-    The others, the errors and out (total_q, h, d) are as in :func:`fa4_func_with_sink`; lse is fp32 (h, total_q).
+    The others, the errors and out (total_q, h, d) are as in :func:`fa4_func_with_sink`; lse is fp32
+    (h, total_q).
     """
     refuse(
-        qv=qv, min_seqlen_k=min_seqlen_k, seqused_q=seqused_q, seqused_k=seqused_k, gather_kv_indices=gather_kv_indices,
+        qv=qv, min_seqlen_k=min_seqlen_k, gather_kv_indices=gather_kv_indices,
         page_table=page_table, score_mod=score_mod, score_mod_bwd=score_mod_bwd, mask_mod=mask_mod,
         block_sparse_tensors=block_sparse_tensors, aux_tensors=aux_tensors, aux_scalars=aux_scalars,
         scheduler_metadata=scheduler_metadata, seqlen_k_per_split=seqlen_k_per_split,
-        disable_scheduler_metadata=disable_scheduler_metadata or None, gather_bwd_recompute_p=gather_bwd_recompute_p or None,
+        disable_scheduler_metadata=disable_scheduler_metadata or None,
+        gather_bwd_recompute_p=gather_bwd_recompute_p or None,
         gather_bwd_token_chunk=gather_bwd_token_chunk,
     )  # fmt: skip
+    check_sink_is_tensor(sink, sink_layout)
     sink = _one_sink(q, sink, learnable_sink)
-    params = _params(q, softmax_scale, causal, window_size, softcap, num_splits, pack_gqa, deterministic)
-    lengths = Lengths(cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)  # type: ignore[arg-type]
+    params = _params(
+        q, softmax_scale, causal, window_size, softcap, num_splits, pack_gqa, deterministic
+    )
+    lengths = cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, seqused_q, seqused_k
     want_lse = _either(return_lse, return_attn_probs)
     out, lse, _ = varlen("fa4", (q, k, v), sink, sink_layout, params, lengths, want_lse=want_lse)
     return (out, lse) if want_lse else out
@@ -171,12 +196,21 @@ def _one_sink(q: Tensor, sink: Tensor | None, learnable_sink: Tensor | None) -> 
     if learnable_sink is None:
         return sink
     if sink is not None:
-        raise ValueError("sink and learnable_sink are two names for the same logits; give one of them")
-    heads = q.shape[-2] if isinstance(q, Tensor) and q.dim() > 1 else None
-    if not isinstance(learnable_sink, Tensor) or learnable_sink.dim() != 1 or heads not in (None, learnable_sink.shape[0]):
-        given = tuple(learnable_sink.shape) if isinstance(learnable_sink, Tensor) else learnable_sink
         raise ValueError(
-            f"learnable_sink must be a tensor (heads,), heads being those of q, {heads}; got {given!r}. Others go into sink"
+            "sink and learnable_sink are two names for the same logits; give one of them"
+        )
+    heads = q.shape[-2] if isinstance(q, Tensor) and q.dim() > 1 else None
+    if (
+        not isinstance(learnable_sink, Tensor)
+        or learnable_sink.dim() != 1
+        or heads not in (None, learnable_sink.shape[0])
+    ):
+        given = (
+            tuple(learnable_sink.shape) if isinstance(learnable_sink, Tensor) else learnable_sink
+        )
+        raise ValueError(
+            f"learnable_sink must be a tensor (heads,), heads being those of q, {heads}; got "
+            f"{given!r}. Others go into sink"
         )
     return learnable_sink.unsqueeze(0)
 
@@ -192,8 +226,17 @@ def _params(
     deterministic: bool,
 ) -> AttentionParams:
     head_dim = q.shape[-1] if isinstance(q, torch.Tensor) and q.dim() else 1
-    is_pair = isinstance(window_size, (tuple, list))
-    sizes: Any = tuple(-1 if size is None else size for size in window_size) if is_pair else window_size
+    unlimited = window_size is None or tuple(window_size) in ((None, None), (-1, -1))
+    if not unlimited and any(isinstance(limit, int) and limit < 0 for limit in window_size):
+        text = ", ".join("None" if limit == -1 else str(limit) for limit in window_size)
+        raise ValueError(
+            "window_size of fa4_* functions: FlashAttention-4 reads a negative limit as a number "
+            "of "
+            f"tokens, and only None as unlimited; got {window_size!r}. If you mean unlimited, "
+            "write "
+            f"({text})"
+        )
     return make_params(
-        max(1, head_dim), softmax_scale, causal, sizes, softcap, deterministic, num_splits=num_splits, pack_gqa=pack_gqa
-    )
+        max(1, head_dim), softmax_scale, causal, (-1, -1) if unlimited else window_size, softcap,
+        deterministic, num_splits=num_splits, pack_gqa=pack_gqa,
+    )  # fmt: skip

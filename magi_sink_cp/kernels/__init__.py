@@ -1,4 +1,4 @@
-"""Attention on one device: backends behind one protocol, the merge and dsink kernels, the fp64 reference.
+"""One device: attention backends, and our own merge, dsink and accumulate kernels.
 
-Nothing here knows of ranks. The public functions are in :mod:`magi_sink_cp`.
+Nothing here knows of ranks.
 """

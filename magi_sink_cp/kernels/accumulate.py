@@ -1,8 +1,11 @@
-"""Add rows of several tensors into one, rounding once: a Triton kernel, and its torch twin for CPU tensors.
+"""Add rows of several tensors into one, rounding once: a Triton kernel, and its torch twin for CPU
+tensors.
 
-    out[i] = Σ over terms whose rows hold i of term[i]        in fp32 (fp64 for fp64), in the order of the terms
+    out[i] = Σ over terms whose rows hold i of term[i]        in fp32 (fp64 for fp64), in the order
+    of the terms
 
-This is how gradients that were computed in several places come together: each is read once, the sum is written once.
+This is how gradients that were computed in several places come together: each is read once, the sum
+    is written once.
 """
 
 from __future__ import annotations
@@ -31,7 +34,9 @@ MAX_TERMS = 8
 
 @dataclass(frozen=True)
 class Term:
-    """Rows ``first … first + stop - start`` of ``tensor`` (rows, …), each row dense, for the rows ``start … stop`` of the sum."""
+    """Rows ``first … first + stop - start`` of ``tensor`` (rows, …), each row dense, for the
+    rows ``start … stop`` of the sum.
+    """
 
     tensor: Tensor
     first: int
@@ -55,24 +60,36 @@ def accumulate_torch(terms: Sequence[Term], out: Tensor) -> None:
     """The torch twin: same arguments and same result as :func:`accumulate_triton`."""
     total = torch.zeros(out.shape, dtype=stat_dtype(out.dtype), device=out.device)
     for term in terms:
-        total[term.start : term.stop] += term.tensor[term.first : term.first + term.stop - term.start]
+        total[term.start : term.stop] += term.tensor[
+            term.first : term.first + term.stop - term.start
+        ]
     out.copy_(total)
 
 
 def accumulate_triton(terms: Sequence[Term], out: Tensor) -> None:
-    """Launch the Triton kernel: a program is a block of elements of one row or of several short ones."""
+    """Launch the Triton kernel.
+
+    A program is a block of elements of one row or of several short ones.
+    """
     rows, columns = out.shape[0], out[0].numel()
     block_columns = min(1024, next_power_of_2(columns))
     block_rows = 4096 // block_columns
     tensors = tuple(term.tensor for term in terms)
     strides = tuple(x.stride(0) for x in tensors)
-    starts, stops = tuple(unspecial(term.start) for term in terms), tuple(unspecial(term.stop) for term in terms)
+    starts, stops = (
+        tuple(unspecial(term.start) for term in terms),
+        tuple(unspecial(term.stop) for term in terms),
+    )
     shifts = tuple(unspecial(term.first - term.start) for term in terms)
     blocks = -(-columns // block_columns)
     sizes = (rows, columns, out.stride(0), blocks, len(terms), block_rows, block_columns)
     narrow = max(rows, *(term.first + term.stop for term in terms)) < UNSPECIAL_LIMIT
     kind = (out.device.index, strides, sizes[1:], narrow, *map(pointer, tensors), pointer(out))
-    _launch(-(-rows // block_rows) * blocks, kind, (tensors, strides, starts, stops, shifts, out, *sizes))
+    _launch(
+        -(-rows // block_rows) * blocks,
+        kind,
+        (tensors, strides, starts, stops, shifts, out, *sizes),
+    )
 
 
 # New document lengths must not compile the kernel again.
@@ -100,7 +117,11 @@ def _accumulate_kernel(  # type: ignore[no-untyped-def]
         there = ((row >= starts[i] >> 4) & (row < stops[i] >> 4))[:, None] & inside
         at = tensors[i] + (row + (shifts[i] >> 4))[:, None] * strides[i] + column[None, :]
         total += tl.load(at, mask=there, other=0.0).to(tl.float32)
-    tl.store(out_ptr + row[:, None] * out_stride + column[None, :], total.to(out_ptr.dtype.element_ty), mask=inside)
+    tl.store(
+        out_ptr + row[:, None] * out_stride + column[None, :],
+        total.to(out_ptr.dtype.element_ty),
+        mask=inside,
+    )
 
 
 _launch = Launcher(_accumulate_kernel)

@@ -1,11 +1,14 @@
-"""Merge partial attention results and add the sink, once: one Triton kernel, and its torch twin for CPU tensors.
+"""Merge partial attention results and add the sink, once: one Triton kernel, and its torch twin for
+CPU tensors.
 
-For partials A of disjoint key sets and sink logits z_j (``sh``: (s_sink, H), shared by the rows; ``ssh``: a logit per row):
+For partials A of disjoint key sets and sink logits z_j (``sh``: (s_sink, H), shared by the rows;
+``ssh``: a logit per row):
 
     lse = log(Σ_A exp lse_A + Σ_j exp z_j),    out = Σ_A exp(lse_A - lse) · out_A
 
-The maximum over every term, the sink included, is taken before any exp. With one partial this is the single-device sink
-correction: one read and one write of out. A row that no partial covers, or that saw no key, has out = 0.
+The maximum over every term, the sink included, is taken before any exp. With one partial this is
+the single-device sink correction: one read and one write of out. A row that no partial covers, or
+that saw no key, has out = 0.
 """
 
 from __future__ import annotations
@@ -27,7 +30,8 @@ from magi_sink_cp.kernels.triton_support import (
     unspecial,
 )
 
-# The largest number of partials one launch takes; a schedule with more folds them into an fp32 partial as it goes.
+# The largest number of partials one launch takes; a schedule with more folds them into an fp32
+# partial as it goes.
 MAX_PARTIALS = 4
 
 
@@ -42,12 +46,15 @@ def merge(
 
     Args:
         partials: of disjoint keys; each covers the rows ``start … start + its rows`` of the result.
-        sink: fp32, bf16 or fp16 logits, (s_sink, H) or per row (B, T, s_sink, H) / (T, s_sink, H); None adds none.
-        out: where to write, (B, T, H, D) or (T, H, D). It may be the memory of the first partial at the same rows. Default:
-            the first partial's own ``out`` and ``lse`` are overwritten if it covers all rows in ``out_dtype``, else new.
+        sink: fp32, bf16 or fp16 logits, (s_sink, H) or per row (B, T, s_sink, H) / (T, s_sink, H);
+            None adds none.
+        out: where to write, (B, T, H, D) or (T, H, D). It may be the memory of the first partial at
+            the same rows. Default: the first partial's own ``out`` and ``lse`` are overwritten if
+            it covers all rows in ``out_dtype``, else new.
         out_dtype: of the result; default that of ``out``, or of the first partial.
-        cu_seqlens_q: offsets whose last entry is the number of rows that exist, if it may be smaller than T: kernels leave the
-            others unwritten, and here they are rows that saw no key.
+        cu_seqlens_q: offsets whose last entry is the number of rows that exist, if it may be
+            smaller than T: kernels leave the others unwritten, and here they are rows that saw no
+            key.
 
     Returns:
         out, and lse (B, H, T) or (H, T) in fp32 (fp64 for fp64 partials).
@@ -63,13 +70,25 @@ def merge(
     else:
         rows = max(p.start + p.out.shape[-3] for p in partials)
     covers_all = first.start == 0 and first.out.shape[-3] == rows
-    unchanged = len(partials) == 1 and sink is None and covers_all and out is None and out_dtype == first.out.dtype
+    unchanged = (
+        len(partials) == 1
+        and sink is None
+        and covers_all
+        and out is None
+        and out_dtype == first.out.dtype
+    )
     if unchanged and cu_seqlens_q is None:
         return first.out, first.lse
     lse = first.lse if covers_all else first.lse.new_empty(*first.lse.shape[:-1], rows)
     if out is None:
         in_place = covers_all and out_dtype == first.out.dtype
-        out = first.out if in_place else first.out.new_empty(*first.out.shape[:-3], rows, *first.out.shape[-2:], dtype=out_dtype)
+        out = (
+            first.out
+            if in_place
+            else first.out.new_empty(
+                *first.out.shape[:-3], rows, *first.out.shape[-2:], dtype=out_dtype
+            )
+        )
     if out.numel() or lse.numel():
         with on_device_of(out):
             (merge_triton if out.is_cuda else merge_torch)(partials, sink, out, lse, cu_seqlens_q)
@@ -77,7 +96,11 @@ def merge(
 
 
 def merge_torch(
-    partials: Sequence[Partial], sink: Tensor | None, out: Tensor, lse: Tensor, cu_seqlens_q: Tensor | None = None
+    partials: Sequence[Partial],
+    sink: Tensor | None,
+    out: Tensor,
+    lse: Tensor,
+    cu_seqlens_q: Tensor | None = None,
 ) -> None:
     """The torch twin: same arguments and same result as :func:`merge_triton`."""
     dtype = stat_dtype(out.dtype)
@@ -91,7 +114,9 @@ def merge_torch(
         terms.append(term)
     if sink is not None:
         logits = torch.logsumexp(sink.to(dtype), dim=-2)  # (H,) or (…, T, H)
-        terms.append((logits.unsqueeze(-1) if sink.dim() == 2 else logits.transpose(-1, -2)).expand_as(lse))
+        terms.append(
+            (logits.unsqueeze(-1) if sink.dim() == 2 else logits.transpose(-1, -2)).expand_as(lse)
+        )
     merged = torch.logsumexp(torch.stack(terms), dim=0)
     peak = merged.masked_fill(merged == float("-inf"), 0.0)
     total = out.new_zeros(out.shape, dtype=dtype)
@@ -103,13 +128,21 @@ def merge_torch(
 
 
 def merge_triton(
-    partials: Sequence[Partial], sink: Tensor | None, out: Tensor, lse: Tensor, cu_seqlens_q: Tensor | None = None
+    partials: Sequence[Partial],
+    sink: Tensor | None,
+    out: Tensor,
+    lse: Tensor,
+    cu_seqlens_q: Tensor | None = None,
 ) -> None:
-    """Launch the Triton kernel: a program is a block of rows of one head; out may alias the first partial's rows."""
+    """Launch the Triton kernel: a program is a block of rows of one head.
+
+    Out may alias the first partial's rows.
+    """
     batch = out.shape[0] if out.dim() == 4 else 1
     rows, heads, head_dim = out.shape[-3:]
     block_dim = next_power_of_2(head_dim)
-    # 4096 fp32 accumulators a program (32 a thread) come close to a read+write pass over out: docs/benchmarks.md.
+    # 4096 fp32 accumulators a program (32 a thread) come close to a read+write pass over out:
+    # docs/benchmarks.md.
     block_rows = max(1, min(64, 4096 // block_dim))
     # The host's time counts here: a short sequence takes a GPU less than this function.
     first = partials[0]
@@ -130,10 +163,21 @@ def merge_triton(
     tensors = (out, lse, sink, cu_seqlens_q)
     own = (sink, cu_seqlens_q) if out is first.out and lse is first.lse else tensors
     pointers = *map(pointer, outs), *map(pointer, lses), *map(pointer, own)
-    kind = out.device.index, head_dim, heads, rows < UNSPECIAL_LIMIT, strides, own_strides, len(own), pointers
+    kind = (
+        out.device.index,
+        head_dim,
+        heads,
+        rows < UNSPECIAL_LIMIT,
+        strides,
+        own_strides,
+        len(own),
+        pointers,
+    )
     sizes = rows, heads, num_sinks, documents, len(partials), head_dim, block_dim, block_rows
     programs = heads * -(-rows // block_rows) * batch
-    _launch_merge(programs, kind, (outs, lses, starts, stops, *strides, *tensors, *own_strides, *sizes))
+    _launch_merge(
+        programs, kind, (outs, lses, starts, stops, *strides, *tensors, *own_strides, *sizes)
+    )
 
 
 def out_strides(x: Tensor) -> tuple[int, int, int]:
@@ -153,7 +197,12 @@ def sink_strides(sink: Tensor | None) -> tuple[int, int, int, int]:
     if sink is None:
         return (0, 0, 0, 0)
     strides = sink.stride()
-    return (strides[0] if len(strides) == 4 else 0, strides[-3] if len(strides) > 2 else 0, strides[-2], strides[-1])
+    return (
+        strides[0] if len(strides) == 4 else 0,
+        strides[-3] if len(strides) > 2 else 0,
+        strides[-2],
+        strides[-1],
+    )
 
 
 # A new token, sink or document count must not compile the kernel again.
@@ -185,7 +234,9 @@ def _merge_kernel(  # type: ignore[no-untyped-def]
     head = (tl.program_id(0) % num_heads).to(tl.int64)
     block = tl.program_id(0) // num_heads
     batch = (block // tl.cdiv(num_rows, BLOCK_ROWS)).to(tl.int64)
-    row = (block % tl.cdiv(num_rows, BLOCK_ROWS)).to(tl.int64) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
+    row = (block % tl.cdiv(num_rows, BLOCK_ROWS)).to(tl.int64) * BLOCK_ROWS + tl.arange(
+        0, BLOCK_ROWS
+    )
     dim = tl.arange(0, BLOCK_DIM)
     inside = row < num_rows
     exists = inside
@@ -201,7 +252,9 @@ def _merge_kernel(  # type: ignore[no-untyped-def]
     if sink_ptr is not None:
         sink_at = sink_ptr + batch * sink_stride[0] + row * sink_stride[1] + head * sink_stride[3]
         for j in range(num_sinks):
-            logit = tl.load(sink_at + tl.cast(j, tl.int64) * sink_stride[2], mask=inside, other=float("-inf")).to(tl.float32)
+            logit = tl.load(
+                sink_at + tl.cast(j, tl.int64) * sink_stride[2], mask=inside, other=float("-inf")
+            ).to(tl.float32)
             peak = tl.maximum(peak, logit)
     peak = tl.where(peak == float("-inf"), 0.0, peak)
 
@@ -220,12 +273,20 @@ def _merge_kernel(  # type: ignore[no-untyped-def]
     if sink_ptr is not None:
         sink_at = sink_ptr + batch * sink_stride[0] + row * sink_stride[1] + head * sink_stride[3]
         for j in range(num_sinks):
-            logit = tl.load(sink_at + tl.cast(j, tl.int64) * sink_stride[2], mask=inside, other=float("-inf")).to(tl.float32)
+            logit = tl.load(
+                sink_at + tl.cast(j, tl.int64) * sink_stride[2], mask=inside, other=float("-inf")
+            ).to(tl.float32)
             total += tl.exp(logit - peak)
 
     # total = 0: a row with neither a key nor a sink.
     divisor = tl.where(total == 0, 1.0, total)
-    at = out_ptr + batch * out_stride[0] + row[:, None] * out_stride[1] + head * out_stride[2] + dim[None, :]
+    at = (
+        out_ptr
+        + batch * out_stride[0]
+        + row[:, None] * out_stride[1]
+        + head * out_stride[2]
+        + dim[None, :]
+    )
     merged = (merged / divisor[:, None]).to(out_ptr.dtype.element_ty)
     tl.store(at, merged, mask=inside[:, None] & (dim < HEAD_DIM)[None, :])
     merged_lse = tl.where(total == 0, float("-inf"), peak + tl.log(divisor))

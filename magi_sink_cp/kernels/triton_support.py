@@ -1,4 +1,5 @@
-"""Triton where it is installed; without it the module still imports, and only launching a kernel raises.
+"""Triton where it is installed; without it the module still imports, and only launching a kernel
+raises.
 
 A CPU-only machine need not have Triton: there the torch twins run.
 """
@@ -12,6 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from magi_sink_cp.kernels.caching import BoundedCache
+
 try:
     import triton
     import triton.language as tl
@@ -20,7 +23,10 @@ except ModuleNotFoundError as _error:
         raise
 
     class _MissingTriton:
-        """Stands in for ``triton`` and ``triton.language``: decorates kernels that raise when they are launched."""
+        """Stands in for ``triton`` and ``triton.language``.
+
+        Decorates kernels that raise when they are launched.
+        """
 
         constexpr = object
 
@@ -28,13 +34,18 @@ except ModuleNotFoundError as _error:
             return self if kernel is not None else self.jit
 
         def __getitem__(self, grid: object) -> object:
-            raise ModuleNotFoundError("the kernels for CUDA tensors need triton: `pip install triton`", name="triton")
+            raise ModuleNotFoundError(
+                "the kernels for CUDA tensors need triton: `pip install triton`", name="triton"
+            )
 
     triton = tl = _MissingTriton()
 
 
 def next_power_of_2(n: int) -> int:
-    """The smallest power of two that is at least n. (Triton's own is a traced function, ten times as slow on the host.)"""
+    """The smallest power of two that is at least n.
+
+    (Triton's own is a traced function, ten times as slow on the host.)
+    """
     return 1 << (n - 1).bit_length()
 
 
@@ -48,42 +59,57 @@ _NOTHING = contextlib.nullcontext()
 
 
 class Launcher:
-    """Launches a Triton kernel; for a kind of call that was seen before without Triton's own look-up, which costs 15 µs.
+    """Launches a Triton kernel; for a kind of call that was seen before without Triton's own
+    look-up, which costs 15 µs.
 
-    A call's kind must settle all that Triton compiles for: ``kind`` and what :func:`pointer` says of every tensor.
+    A call's kind must settle all that Triton compiles for: ``kind`` and what :func:`pointer` says
+    of every tensor.
     """
 
     def __init__(self, kernel: Any) -> None:
         self._kernel = kernel
-        self._compiled: dict[tuple[object, ...], Any] = {}
+        # Token counts are part of a kind, through the strides.
+        self._compiled: BoundedCache[tuple[object, ...], Any] = BoundedCache(4096)
 
-    def __call__(self, grid: int, kind: tuple[object, ...], arguments: tuple[object, ...], num_warps: int = 4) -> None:
+    def __call__(
+        self, grid: int, kind: tuple[object, ...], arguments: tuple[object, ...], num_warps: int = 4
+    ) -> None:
         """Run ``grid`` programs over ``arguments``, which are all of the kernel's, by position."""
         compiled = self._compiled.get(kind)
         if compiled is not None:
             compiled[grid, 1, 1](*arguments)
             return
-        if len(self._compiled) >= _MOST_KINDS:
-            self._compiled.clear()
         compiled = self._kernel[grid, 1, 1](*arguments, num_warps=num_warps)
         if compiled is not None:  # the interpreter compiles nothing
             self._compiled[kind] = compiled
 
 
 def pointer(x: Tensor | None) -> tuple[torch.dtype, bool] | None:
-    """What Triton compiles for in a tensor argument: dtype, and whether its memory is aligned to 16 bytes."""
+    """What Triton compiles for in a tensor argument.
+
+    Dtype, and whether its memory is aligned to 16 bytes.
+    """
     return None if x is None else (x.dtype, x.data_ptr() % 16 == 0)
 
 
 def unspecial(value: int) -> int:
-    """An int in a tuple argument that Triton compiles nothing special for, as it does for 1 and multiples of 16 (also where
-    do_not_specialize names the tuple): in the kernel, shift it right by 4."""
+    """An int in a tuple argument that Triton compiles nothing special for, as it does for 1 and
+    multiples of 16 (also where do_not_specialize names the tuple): in the kernel, shift it right by
+    4.
+    """
     return 16 * value + 3
 
 
 # Values below this are 32-bit ints also after unspecial().
 UNSPECIAL_LIMIT = 1 << 27
 
-_MOST_KINDS = 4096  # token counts are part of a kind, through the strides
-
-__all__ = ["UNSPECIAL_LIMIT", "Launcher", "next_power_of_2", "on_device_of", "pointer", "tl", "triton", "unspecial"]
+__all__ = [
+    "UNSPECIAL_LIMIT",
+    "Launcher",
+    "next_power_of_2",
+    "on_device_of",
+    "pointer",
+    "tl",
+    "triton",
+    "unspecial",
+]

@@ -1,0 +1,97 @@
+"""Attention with sinks across context-parallel ranks."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from magi_sink_cp.dist.plan import CPPlan
+from magi_sink_cp.kernels.checks import under_autocast
+from magi_sink_cp.ops.cp_attention import cp_attention
+
+
+def cp_attention_with_sink(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    sink: Tensor | None = None,
+    *,
+    plan: CPPlan,
+    sink_layout: str = "sh",
+    softmax_scale: float | None = None,
+    causal: bool = True,
+    window_size: Sequence[int | None] = (-1, -1),
+    softcap: float = 0.0,
+    deterministic: bool = False,
+    dsink_reduce: str = "none",
+    overlap_degree: int | str = "auto",
+    grad_reduce_dtype: torch.dtype | None = None,
+    checks: str = "auto",
+    backend: str = "auto",
+    return_lse: bool = False,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """:func:`magi_sink_cp.attention_with_sink` over a sequence of which every rank holds its shard.
+
+    It equals attention_with_sink on the whole packed sequence, followed by ``plan.shard``. Every
+    rank of the plan's group must call it. If any rank runs backward through it, all must, in the
+    same order; a rank without a loss of its own can use ``out.sum() * 0``.
+
+    Args:
+        q: (plan.local_tokens, h, d), or (b, plan.local_tokens, h, d): b samples, each of them a
+            sequence as the plan says. fp16, bf16, fp32 or fp64, as the backend takes.
+        k, v: (plan.local_tokens, h_kv, d), or with b as q; h_kv divides h.
+        sink: "sh": (s_sink, h) or (h,), the same on every rank. "ssh": (plan.local_tokens, s_sink,
+            h), or with b, sharded like q. None is plain attention.
+        plan: of :func:`magi_sink_cp.make_cp_plan`. Its documents do not see each other.
+        causal: mask within each document.
+        window_size: (left, right) tokens seen around each query in its document; -1 or None is
+            unlimited. causal sets right to 0. Only keys within the window travel. One plan serves
+            layers with different windows.
+        dsink_reduce: how the gradient of an "sh" sink, to which each rank contributes its rows, is
+            reduced. "none" leaves the partial sum, for frameworks that reduce parameter gradients
+            themselves. "sum" and "avg" all-reduce it over the group.
+        overlap_degree: in how many stages other ranks' keys travel while the stage before is
+            computed; at most cp_size - 1 count. 0 gathers all keys first. "auto" asks a cost model,
+            for forward and for backward (magi_sink_cp/dist/planning/cost.py).
+        grad_reduce_dtype: in which dk and dv of several ranks are added: torch.float32 (default;
+            fp64 for fp64 inputs), or the dtype of k, which saves memory and rounds after each.
+        checks: when the ranks compare their arguments. "auto": as under Raises. "always": in every
+            call, forward and backward, for debugging.
+        sink_layout, softmax_scale, softcap, deterministic, backend, return_lse: as in
+            attention_with_sink.
+
+    Returns:
+        out (plan.local_tokens, h, d), or (out, lse) with lse (h, plan.local_tokens); with b as q,
+        (b, plan.local_tokens, h, d) and (b, h, plan.local_tokens). Both are 0 on padding.
+
+    Raises:
+        TypeError, ValueError: an argument is invalid on some rank, or the ranks differ in their
+            arguments. Raised on every rank before any data moves: every time on a CPU group; on
+            GPUs when the plan sees the arguments for the first time. A ``plan`` that is no plan
+            raises on its rank alone.
+        RuntimeError: a transfer failed or took longer than the group's timeout (on GPUs,
+            make_cp_plan's ``on_hang`` says what happens instead); or, in backward, a second
+            derivative is asked for.
+    """
+    if not isinstance(plan, CPPlan):
+        raise TypeError(f"plan must come from make_cp_plan, got {type(plan).__name__}")
+    q, k, v = under_autocast(q, k, v)
+    if sink_layout == "sh" and isinstance(sink, Tensor) and sink.dim() == 1:
+        sink = sink.unsqueeze(0)
+    options = {
+        "sink_layout": sink_layout,
+        "softmax_scale": softmax_scale,
+        "causal": causal,
+        "window_size": window_size,
+        "softcap": softcap,
+        "deterministic": deterministic,
+        "dsink_reduce": dsink_reduce,
+        "overlap_degree": overlap_degree,
+        "grad_reduce_dtype": grad_reduce_dtype,
+        "checks": checks,
+        "backend": backend,
+    }
+    out, lse = cp_attention(q, k, v, sink, plan, return_lse, options)
+    return (out, lse) if return_lse else out

@@ -1,0 +1,197 @@
+"""Planned kernel calls bound to a device, and how one of them runs."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from magi_sink_cp.dist.bookkeeping import plain_tensors
+from magi_sink_cp.dist.planning.kernel_calls import KernelCall
+from magi_sink_cp.dist.planning.layout import Range
+from magi_sink_cp.dist.planning.mask import CAUSAL, FULL
+from magi_sink_cp.dist.planning.schedule import Exchange, Schedule
+from magi_sink_cp.kernels.backends.fa4 import Fa4Backend
+from magi_sink_cp.kernels.protocol import (
+    AttentionParams,
+    Backend,
+    Gradients,
+    KernelRequest,
+    Partial,
+    RowDelta,
+    Varlen,
+)
+
+# Offsets of one call start at multiples of 16 bytes: kernels compile for that alignment.
+_ALIGNED_OFFSETS = 4
+
+
+@dataclass(frozen=True)
+class BoundCall:
+    """A kernel call with its offsets on the device.
+
+    Attributes:
+        rows, keys: of q, and of the stage's keys.
+        owns_rows: as in :class:`~magi_sink_cp.dist.planning.kernel_calls.KernelCall`.
+        request: what the kernel is asked for. Without a Varlen the call is a dense batch of one.
+    """
+
+    rows: slice
+    keys: slice
+    owns_rows: bool
+    request: KernelRequest
+
+    @property
+    def row_range(self) -> Range:
+        return self.rows.start, self.rows.stop
+
+    @property
+    def key_range(self) -> Range:
+        return self.keys.start, self.keys.stop
+
+
+@dataclass(frozen=True)
+class BoundStage:
+    """A stage of a schedule with its calls bound; the fields are those of Stage."""
+
+    local: bool
+    calls: tuple[BoundCall, ...]
+    cast: Exchange
+    own: tuple[tuple[Range, Range], ...]
+    reduce: Exchange
+
+
+def bind(
+    schedule: Schedule, params: AttentionParams, device: torch.device
+) -> tuple[BoundStage, ...]:
+    """The schedule's stages for ``device``; all offsets go there in one copy."""
+    packed = [call for call in schedule.kernel_calls if not _is_dense(call)]
+    offsets = iter(_upload([(call.cu_seqlens_q, call.cu_seqlens_k) for call in packed], device))
+
+    def bound(call: KernelCall) -> BoundCall:
+        varlen = None if _is_dense(call) else _varlen(call, *next(offsets))
+        request = KernelRequest(params._replace(window_size=call.window_size), varlen)
+        return BoundCall(slice(*call.rows), slice(*call.keys), call.owns_rows, request)
+
+    return tuple(
+        BoundStage(stage.local, tuple(map(bound, stage.calls)), stage.cast, stage.own, stage.reduce)
+        for stage in schedule.stages
+    )
+
+
+def _is_dense(call: KernelCall) -> bool:
+    """Whether the call is one document that runs as a dense batch of one.
+
+    Windows with more rows than keys run packed: FlashAttention-2 computes some of them wrongly as
+    dense calls (kernels/backends/flash.py).
+    """
+    if len(call.cu_seqlens_q) != 2:
+        return False
+    unlimited = call.window_size in (FULL, CAUSAL)
+    return unlimited or call.cu_seqlens_q[1] <= call.cu_seqlens_k[1]
+
+
+def _varlen(call: KernelCall, offsets_q: Tensor, offsets_k: Tensor) -> Varlen:
+    both = call.cu_seqlens_q, call.cu_seqlens_k
+    max_q, max_k = (max(hi - lo for lo, hi in itertools.pairwise(x)) for x in both)
+    return Varlen(offsets_q, offsets_k, max_q, max_k)
+
+
+def _upload(
+    pairs: Sequence[tuple[tuple[int, ...], tuple[int, ...]]], device: torch.device
+) -> list[tuple[Tensor, Tensor]]:
+    """Each pair of offsets as int32 tensors on ``device``."""
+    values: list[int] = []
+    places: list[tuple[int, int]] = []
+    for offsets in itertools.chain.from_iterable(pairs):
+        places.append((len(values), len(offsets)))
+        values += offsets
+        values += [0] * (-len(values) % _ALIGNED_OFFSETS)
+    with plain_tensors():
+        pinned = device.type == "cuda"
+        host = torch.tensor(values, dtype=torch.int32, device="cpu", pin_memory=pinned)
+        whole = host.to(device, non_blocking=True)
+        tensors = [whole[start : start + size] for start, size in places]
+    return list(zip(tensors[::2], tensors[1::2], strict=True))
+
+
+def run_forward(
+    call: BoundCall,
+    backend: Backend,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor | None,
+) -> Partial:
+    """Attention of the call's rows of q over its keys of the stage; ``out`` is where to write."""
+    q, k, v = q[call.rows], k[call.keys], v[call.keys]
+    if call.request.varlen is not None:
+        partial = backend.forward(q, k, v, call.request, out)
+        return Partial(partial.out, partial.lse, call.rows.start)
+    dense_out = None if out is None else out[None]
+    partial = backend.forward(q[None], k[None], v[None], call.request, dense_out)
+    return Partial(partial.out[0], partial.lse[0], call.rows.start)
+
+
+def run_forward_with_sink(
+    call: BoundCall,
+    backend: Fa4Backend,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    sink: Tensor,
+    exact_lse: bool,
+    out: Tensor,
+) -> Partial:
+    """Like :func:`run_forward`, by a kernel that adds the sink.
+
+    If not ``exact_lse``, lse may be +inf under a sink that outweighs all keys.
+    """
+    q, k, v = q[call.rows], k[call.keys], v[call.keys]
+    if call.request.varlen is not None:
+        partial = backend.forward_with_sink(q, k, v, sink, call.request, exact_lse, out)
+        return Partial(partial.out, partial.lse, call.rows.start)
+    partial = backend.forward_with_sink(
+        q[None], k[None], v[None], sink, call.request, exact_lse, out[None]
+    )
+    return Partial(partial.out[0], partial.lse[0], call.rows.start)
+
+
+def run_backward(
+    call: BoundCall,
+    backend: Backend,
+    dout: Tensor,
+    dlse: Tensor | None,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    dq: Tensor | None,
+) -> Gradients:
+    """Gradients of the call's rows and keys, with dq in the call's rows of ``dq`` if it is given.
+
+    All other tensors but k and v (the stage's) are those of all rows.
+    """
+    rows, request = call.rows, call.request
+    k, v, dout, q, out = k[call.keys], v[call.keys], dout[rows], q[rows], out[rows]
+    lse = lse[:, rows].contiguous()
+    dlse = None if dlse is None else dlse[:, rows]
+    into = None
+    if dq is not None:
+        into = Gradients(dq[rows], torch.empty_like(k), torch.empty_like(v), None)
+    if request.varlen is not None:
+        return backend.backward(dout, q, k, v, Partial(out, lse), request, dlse, into)
+    if into is not None:
+        into = Gradients(into.dq[None], into.dk[None], into.dv[None], None)
+    grads = backend.backward(
+        dout[None], q[None], k[None], v[None], Partial(out[None], lse[None]), request,
+        None if dlse is None else dlse[None], into,
+    )  # fmt: skip
+    delta = None
+    if grads.delta is not None:
+        delta = RowDelta(grads.delta.values[0], grads.delta.rows)
+    return Gradients(grads.dq[0], grads.dk[0], grads.dv[0], delta)

@@ -1,0 +1,125 @@
+"""From the partial results of kernel calls to out and lse: the one place where the sink enters.
+
+Each row of a document has exactly one call that owns it. Such calls write their rows of out
+directly. Other calls give further partial results of some rows. The merge adds these, and the sink
+to every row, unless the owning kernels have added it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from magi_sink_cp.dist.planning.layout import Range, union
+from magi_sink_cp.kernels.merge import MAX_PARTIALS, merge
+from magi_sink_cp.kernels.protocol import Partial, nothing_seen, stat_dtype
+
+
+class Partials:
+    """Collects the partial results of one forward pass."""
+
+    def __init__(self, q: Tensor, is_padded: bool, merge_adds_sink: bool) -> None:
+        """``merge_adds_sink``: rows that no call has become 0 in the merge, and not before."""
+        self._q = q
+        zeroed = is_padded and not merge_adds_sink
+        new = torch.zeros_like if zeroed else torch.empty_like
+        self.out = new(q, memory_format=torch.contiguous_format)
+        self._owned: list[Partial] = []
+        self._others: list[Partial] = []
+
+    def add_owned(self, partial: Partial) -> None:
+        """Rows that no other owned partial has."""
+        self._owned.append(partial)
+
+    @property
+    def is_full(self) -> bool:
+        """Whether :meth:`fold` must come before another :meth:`add`."""
+        return len(self._others) == MAX_PARTIALS - 1
+
+    def add(self, partial: Partial) -> None:
+        """A further partial result of some rows."""
+        self._others.append(partial)
+
+    def fold(self) -> None:
+        """Merge the further partial results into one of exact dtype."""
+        start = min(partial.start for partial in self._others)
+        exact = stat_dtype(self._q.dtype)
+        merged = merge(_seen_from(self._others, start), out_dtype=exact)
+        self._others = [Partial(*merged, start)]
+
+    def finish(self, sink: Tensor | None) -> tuple[Tensor, Tensor]:
+        """out and lse of all rows. ``sink``: what the merge has to add, once, to every row."""
+        owned = self._put_together()
+        out, lse = owned.out, owned.lse
+        done = 0
+        for (start, stop), indices in clusters([_span(partial) for partial in self._others]):
+            if sink is not None and done < start:
+                # Apart: a merge of several partial results takes longer for every one of its rows.
+                _merge_rows(out, lse, done, start, [], sink)
+            _merge_rows(out, lse, start, stop, [self._others[i] for i in indices], sink)
+            done = stop
+        if sink is not None and done < out.shape[0]:
+            _merge_rows(out, lse, done, out.shape[0], [], sink)
+        return out, lse
+
+    def _put_together(self) -> Partial:
+        """The owned partials as one of all rows, in ``self.out``."""
+        rows = self._q.shape[0]
+        if not self._owned:
+            return nothing_seen(self._q, self.out)
+        owned = sorted(self._owned, key=lambda partial: partial.start)
+        first = owned[0]
+        if len(owned) == 1 and first.out.shape[0] == rows and first.out.is_contiguous():
+            return first
+        spans = [_span(partial) for partial in owned]
+        for partial, (start, stop) in zip(owned, spans, strict=True):
+            target = self.out[start:stop]
+            if partial.out.data_ptr() != target.data_ptr():  # a kernel that cannot choose where
+                target.copy_(partial.out)
+        starts, stops = [start for start, _ in spans], [stop for _, stop in spans]
+        if [0, *stops] == [*starts, rows]:
+            return Partial(self.out, torch.cat([partial.lse for partial in owned], dim=1))
+        lse = first.lse.new_full((self._q.shape[1], rows), float("-inf"))
+        for partial, (start, stop) in zip(owned, spans, strict=True):
+            lse[:, start:stop] = partial.lse
+        return Partial(self.out, lse)
+
+
+def _merge_rows(
+    out: Tensor,
+    lse: Tensor,
+    start: int,
+    stop: int,
+    others: Sequence[Partial],
+    sink: Tensor | None,
+) -> None:
+    """Merge ``others`` and the sink into rows start … stop, in place."""
+    owned = Partial(out[start:stop], lse[:, start:stop])
+    row_sink = None if sink is None else sink_of_rows(sink, slice(start, stop))
+    merge([owned, *_seen_from(others, start)], row_sink, out=owned.out)
+
+
+def sink_of_rows(sink: Tensor, rows: slice) -> Tensor:
+    """The sink of these rows: all of an "sh" sink, the rows' own of an "ssh" sink."""
+    return sink if sink.dim() == 2 else sink[rows]
+
+
+def _span(partial: Partial) -> Range:
+    """The rows that the partial has."""
+    return partial.start, partial.start + partial.out.shape[0]
+
+
+def _seen_from(partials: Sequence[Partial], start: int) -> list[Partial]:
+    """The partials with rows counted from row ``start``."""
+    return [replace(partial, start=partial.start - start) for partial in partials]
+
+
+def clusters(spans: Sequence[Range]) -> list[tuple[Range, list[int]]]:
+    """Ranges that cover spans which overlap, each with the indices of its spans in their order."""
+    return [
+        (rows, [i for i, (start, _) in enumerate(spans) if rows[0] <= start < rows[1]])
+        for rows in union(spans)
+    ]

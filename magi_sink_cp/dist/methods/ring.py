@@ -1,0 +1,384 @@
+"""The ``ring`` method: rows stay, keys travel to the ranks that see them, stage by stage.
+
+forward, for each stage s and the keys A_s that it brings:
+
+    (out_s, lse_s) = attention(q, A_s)                        while A_{s+1} travels
+    then, once:  lse = (⊕_s lse_s) ⊕ log Σ_j exp z_j,   out = Σ_s exp(lse_s - lse) out_s
+
+Kernels that can add the sink do so in the one call that owns a row. Then only rows with several
+partial results are merged.
+
+backward, for each stage, with the final lse and out:
+
+    dq += dq_s;  dk_s and dv_s travel home                    while stage s + 1 computes
+
+dsink needs only lse and delta. Its all-reduce starts after the first stage in which every row has
+been seen, and is waited for at the end.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from magi_sink_cp.dist.methods.base import CheckedCall, Method, Request
+from magi_sink_cp.dist.methods.gradients import GradientSum, SinkGradient
+from magi_sink_cp.dist.methods.kernel_calls import (
+    BoundStage,
+    bind,
+    run_backward,
+    run_forward,
+    run_forward_with_sink,
+)
+from magi_sink_cp.dist.methods.lanes import Lanes, TwoLanes
+from magi_sink_cp.dist.methods.partials import Partials
+from magi_sink_cp.dist.plan import CPPlan
+from magi_sink_cp.dist.planning.cost import (
+    SINK_KERNEL_SLOWER,
+    CallSizes,
+    Overlap,
+    choose_overlap,
+    make_work,
+)
+from magi_sink_cp.dist.planning.layout import union
+from magi_sink_cp.dist.planning.mask import Window
+from magi_sink_cp.dist.planning.schedule import Exchange, Schedule, build_schedule
+from magi_sink_cp.dist.transport.base import Own, Transfer, Transport
+from magi_sink_cp.dist.transport.symmetric import SymmetricMemory
+from magi_sink_cp.kernels.backends.fa4 import Fa4Backend
+from magi_sink_cp.kernels.backends.registry import (
+    BackendPolicy,
+    find_adding_sink,
+    log_choice,
+    select_backend,
+)
+from magi_sink_cp.kernels.caching import BoundedCache
+from magi_sink_cp.kernels.protocol import Backend, KernelRequest, stat_dtype
+
+
+@dataclass(frozen=True)
+class RingState:
+    """What the ring keeps for one kind of call.
+
+    Attributes:
+        transport: how keys travel, or None for one rank.
+        forward, backward: the stages of each pass.
+        overlap_degrees: of forward and backward.
+        two_lanes: of forward and backward, whether calls run in turns on two streams.
+        backend: whose kernels compute the attention.
+        sink_backend: whose forward adds the sink in the calls that own their rows; if None, the
+            merge adds it.
+    """
+
+    transport: Transport | None
+    forward: tuple[BoundStage, ...]
+    backward: tuple[BoundStage, ...]
+    overlap_degrees: tuple[int, int]
+    two_lanes: tuple[bool, bool]
+    backend: Backend
+    sink_backend: Fa4Backend | None
+
+    @property
+    def record(self) -> Mapping[str, object]:
+        adds = "the merge" if self.sink_backend is None else self.sink_backend.name
+        return {
+            "backend": self.backend.name,
+            "the sink is added by": adds,
+            "overlap_degree (forward, backward)": self.overlap_degrees,
+        }
+
+    @property
+    def merges_partials(self) -> bool:
+        """Whether any row has several partial results in forward."""
+        return not all(call.owns_rows for stage in self.forward for call in stage.calls)
+
+    def lanes(self, stages: Sequence[BoundStage], two: bool, device: torch.device) -> Lanes:
+        """Where the calls of one pass run."""
+        num_calls = sum(len(stage.calls) for stage in stages)
+        return TwoLanes() if two and num_calls > 1 and device.type == "cuda" else Lanes()
+
+
+class Ring(Method):
+    """See the top of this file."""
+
+    name = "ring"
+
+    def resolve(self, plan: CPPlan, call: CheckedCall) -> RingState:
+        q, k, params, options = call.q, call.k, call.params, call.options
+        wanted = KernelRequest(params)
+        backend = select_backend(BackendPolicy(options.backend), q, wanted)
+        sink_backend = find_adding_sink(options.backend, q, wanted, call.sink)
+        slower = None
+        if sink_backend is not None:
+            slower = 0.0 if sink_backend is backend else SINK_KERNEL_SLOWER
+        sizes = CallSizes(call.batch_size, q.shape[-2], k.shape[-2], q.shape[-1], q.element_size())
+        planned = ring_plan(plan)
+        overlap = planned.overlap(params.window_size, sizes, slower)
+        if not overlap.sink_in_kernel:
+            sink_backend = None
+        if sink_backend is not None:
+            log_choice(sink_backend)
+        degrees = overlap.degrees
+        if options.overlap_degree is not None:
+            degrees = options.overlap_degree, options.overlap_degree
+        window, batch_size = params.window_size, call.batch_size
+        forward = planned.schedule(window, degrees[0], batch_size, overlap.large_rows)
+        backward = planned.schedule(window, degrees[1], batch_size)
+        return RingState(
+            transport=plan.transport,
+            forward=bind(forward, params, q.device),
+            backward=bind(backward, params, q.device),
+            overlap_degrees=degrees,
+            two_lanes=overlap.two_lanes,
+            backend=backend,
+            sink_backend=sink_backend,
+        )
+
+    def forward(
+        self, request: Request, q: Tensor, k: Tensor, v: Tensor, sink: Tensor | None, want_lse: bool
+    ) -> tuple[Tensor, Tensor]:
+        state: RingState = request.state
+        k, v = k.contiguous(), v.contiguous()
+        adding = state.sink_backend
+        partials = Partials(q, request.is_padded, merge_adds_sink=sink is not None and not adding)
+        exact_lse = want_lse or state.merges_partials  # what is merged must be finite
+        lanes = state.lanes(state.forward, state.two_lanes[0], q.device)
+        with InFlight(state.transport) as flight, lanes:
+            for stage, k_stage, v_stage in stages_in_order(k, v, state.forward, flight, lanes):
+                for call in stage.calls:
+                    if not call.owns_rows:
+                        with lanes.turn():
+                            partial = run_forward(call, state.backend, q, k_stage, v_stage, None)
+                        if partials.is_full:
+                            lanes.join()
+                            partials.fold()
+                        partials.add(partial)
+                        continue
+                    out = partials.out[call.rows]
+                    with lanes.turn():
+                        if adding is None or sink is None:
+                            partial = run_forward(call, state.backend, q, k_stage, v_stage, out)
+                        else:
+                            partial = run_forward_with_sink(
+                                call, adding, q, k_stage, v_stage, sink, exact_lse, out
+                            )
+                    partials.add_owned(partial)
+        return partials.finish(None if adding is not None else sink)
+
+    def backward(
+        self,
+        request: Request,
+        dout: Tensor,
+        dlse: Tensor | None,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        sink: Tensor | None,
+        out: Tensor,
+        lse: Tensor,
+        needs_dsink: bool,
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+        state: RingState = request.state
+        k, v = k.contiguous(), v.contiguous()
+        stages = state.backward
+        lanes = state.lanes(stages, state.two_lanes[1], q.device)
+        # Where every row has been seen: the same stage on every rank, as collectives match by
+        # order.
+        dsink_stage = stages[0 if state.overlap_degrees[1] > 0 else -1]
+        new = torch.zeros_like if request.is_padded else torch.empty_like  # no call has the padding
+        owned_dq = new(q, memory_format=torch.contiguous_format)
+        with InFlight(state.transport) as flight, lanes:
+            dq = GradientSum(q, stat_dtype(q.dtype), lanes)
+            dk, dv = (GradientSum(x, request.grad_reduce_dtype, lanes) for x in (k, v))
+            dq.add_rows(owned_dq, (0, q.shape[0]))
+            dsink = None
+            if needs_dsink and sink is not None:
+                dsink = SinkGradient(sink, lse, request, lanes)
+            coming_home: _ComingHome | None = None
+            for stage, k_stage, v_stage in stages_in_order(k, v, stages, flight, lanes):
+                stage_sums = dk, dv
+                if not stage.local:  # gradients of others' keys are put together to travel
+                    dtype = request.grad_reduce_dtype
+                    stage_sums = (
+                        GradientSum(k_stage, dtype, lanes), GradientSum(v_stage, dtype, lanes)
+                    )  # fmt: skip
+                for call in stage.calls:
+                    target = owned_dq if call.owns_rows else None
+                    with lanes.turn():
+                        grads = run_backward(
+                            call, state.backend, dout, dlse, q, k_stage, v_stage, out, lse, target
+                        )
+                        if call.owns_rows and dsink is not None:
+                            dsink.add(grads.delta, out, dout, dlse, call.rows)
+                    stage_sums[0].add_rows(grads.dk, call.key_range)
+                    stage_sums[1].add_rows(grads.dv, call.key_range)
+                    if not call.owns_rows:
+                        dq.add_rows(grads.dq, call.row_range)
+                leaving = None if stage.local else _ComingHome(stage, stage_sums, flight, dk, dv)
+                if dsink is not None and stage is dsink_stage:
+                    dsink.reduce()
+                if stage is not stages[-1]:
+                    dq.fold()
+                if coming_home is not None:
+                    coming_home.arrive()
+                    dk.fold()
+                    dv.fold()
+                    coming_home.release()
+                coming_home = leaving
+            grad_q = dq.result()  # while the last gradients travel
+            if coming_home is not None:
+                coming_home.arrive()
+            grad_k, grad_v = dk.result(), dv.result()
+            if coming_home is not None:
+                coming_home.release()
+            return grad_q, grad_k, grad_v, None if dsink is None else dsink.result()
+
+
+RING = Ring()
+
+
+class _ComingHome:
+    """The dk and dv of one stage on their way to the ranks that hold the keys."""
+
+    def __init__(
+        self,
+        stage: BoundStage,
+        stage_sums: tuple[GradientSum, GradientSum],
+        flight: InFlight,
+        dk: GradientSum,
+        dv: GradientSum,
+    ) -> None:
+        """Send the stage's sums home, and add to dk and dv what they hold of the rank's own
+        keys.
+        """
+        self._stage, self._sums = stage, (dk, dv)
+        totals = [total.result() for total in stage_sums]
+        self._transfer = flight.start(totals, stage.reduce)
+        for total, part in zip(self._sums, totals, strict=True):
+            total.add(part, stage.own)
+
+    def arrive(self) -> None:
+        """Wait for the gradients of this rank's keys that other ranks computed, and add them."""
+        self._transfer.wait()
+        messages = zip(self._stage.cast.sends, self._stage.reduce.receives, strict=True)
+        pieces = [(sent.tokens, arrived.tokens) for sent, arrived in messages]
+        for total, buffer in zip(self._sums, self._transfer.buffers, strict=True):
+            total.add(buffer, pieces)
+
+    def release(self) -> None:
+        self._transfer.release()
+
+
+class InFlight:
+    """The transfers of one pass. If the pass fails, none is left under way."""
+
+    def __init__(self, transport: Transport | None) -> None:
+        self._transport = transport
+        self._transfers: list[Transfer] = []
+
+    def start(self, tensors: Sequence[Tensor], exchange: Exchange, own: Own = ()) -> Transfer:
+        """Transport.start."""
+        assert self._transport is not None, "a plan with travelling stages has a transport"
+        transfer = self._transport.start(tensors, exchange, own)
+        self._transfers.append(transfer)
+        return transfer
+
+    def __enter__(self) -> InFlight:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        if kind is not None:
+            for transfer in self._transfers:
+                transfer.abandon()
+            if self._transport is not None:
+                self._transport.fail()
+
+
+def stages_in_order(
+    k: Tensor, v: Tensor, stages: Sequence[BoundStage], flight: InFlight, lanes: Lanes
+) -> Iterator[tuple[BoundStage, Tensor, Tensor]]:
+    """Yield (stage, its k, its v), one by one, with the next stage's keys already on their way."""
+    arriving: Transfer | None = None
+    for number, stage in enumerate(stages):
+        arrived, k_stage, v_stage = arriving, k, v
+        if arrived is not None:
+            lanes.arrive(arrived)
+            k_stage, v_stage = arrived.buffers
+        if number + 1 < len(stages):
+            # Before this stage's calls, so that both lanes see the own keys that start() copies.
+            following = stages[number + 1]
+            arriving = flight.start((k, v), following.cast, following.own)
+        yield stage, k_stage, v_stage
+        if arrived is not None:
+            lanes.join()
+            arrived.release()
+
+
+class RingPlan:
+    """The ring's schedules and choices for one plan, each made once."""
+
+    def __init__(self, plan: CPPlan) -> None:
+        # Not the plan itself, which would then never be freed.
+        self._layout, self._documents, self._rank = plan.layout, plan.documents, plan.rank
+        self._padded_tokens = plan.total_tokens + plan.pad_tokens
+        self._cp_size = plan.cp_size
+        transport = plan.transport
+        self._routed = transport is not None and transport.needs_route
+        nvlink = isinstance(transport, SymmetricMemory) and transport.missing_nvlink is None
+        self._link = "nvlink" if nvlink else "network"
+        self._schedules: BoundedCache[tuple[object, ...], Schedule] = BoundedCache(64)
+        self._overlaps: BoundedCache[tuple[object, ...], Overlap] = BoundedCache(64)
+
+    def schedule(
+        self,
+        window_size: Window,
+        overlap_degree: int,
+        batch_size: int = 1,
+        large_rows: int | None = None,
+    ) -> Schedule:
+        """This rank's schedule; the arguments are those of build_schedule.
+
+        Each of ``batch_size`` samples is laid out and cut into documents as the plan says, back to
+        back.
+        """
+        degree = min(overlap_degree, self._cp_size - 1)
+        key = (window_size, degree, batch_size, large_rows)
+        schedule = self._schedules.get(key)
+        if schedule is None:
+            starts = [sample * self._padded_tokens for sample in range(batch_size)]
+            layout = [
+                union([(lo + at, hi + at) for at in starts for lo, hi in ranges])
+                for ranges in self._layout
+            ]
+            documents = [(lo + at, hi + at) for at in starts for lo, hi in self._documents]
+            schedule = self._schedules[key] = build_schedule(
+                layout, documents, window_size, self._rank, overlap_degree, large_rows, self._routed
+            )
+        return schedule
+
+    def overlap(
+        self, window_size: Window, sizes: CallSizes, sink_kernel_slower: float | None
+    ) -> Overlap:
+        """What the cost model chooses; the same on every rank."""
+        key = (window_size, sizes, sink_kernel_slower)
+        overlap = self._overlaps.get(key)
+        if overlap is None:
+            work = make_work(self._layout, self._documents, window_size, sizes)
+            overlap = choose_overlap(work, self._cp_size, self._link, sink_kernel_slower)
+            self._overlaps[key] = overlap
+        return overlap
+
+
+_ring_plans: weakref.WeakKeyDictionary[CPPlan, RingPlan] = weakref.WeakKeyDictionary()
+
+
+def ring_plan(plan: CPPlan) -> RingPlan:
+    """The plan's :class:`RingPlan`."""
+    found = _ring_plans.get(plan)
+    if found is None:
+        found = _ring_plans[plan] = RingPlan(plan)
+    return found

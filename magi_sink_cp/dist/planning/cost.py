@@ -1,0 +1,237 @@
+"""The cost model behind ``overlap_degree="auto"``.
+
+It chooses between plans whose results are the same: how the keys travel, and which kernels add the
+sink. Degree 0 gathers all keys and computes no row twice. Each travelling stage of degree n > 0
+hides a transfer behind the computation before it, at the price of one more partial result of the
+rows that see its keys: another pass over out in the merge. In backward it costs FlashAttention's
+fp32 accumulator of dq, which is zeroed, read and rounded once more, and the sum of two dq.
+
+Seconds beyond the computation itself, per rank:
+
+    link(t)       = LATENCY + bytes of k and v of t tokens / LINK
+    travel        = link(all remote keys) + a pass over the rank's own k and v, which are copied
+    forward, 0:   what of travel is longer than the rows that see own keys alone + calls · CALL
+    backward, 0:  the same + link(all remote keys), for the way home
+    forward, n:   n · (2 bytes per element of q in those rows / MEMORY) + calls · CALL
+                  + Σ stages [link(its keys) - what hides it]; if the kernels add the sink, also a
+                  read and a write of out and lse, in merges that are calls of their own
+    backward, n:  as forward, with 16 bytes and 2 · link, + link(keys of the last stage)
+
+and STAGES_SLOWER · the computation for n: FlashAttention-3 takes longer for two forward calls. With
+``ranges`` token ranges per rank, degree 0 makes as many kernel calls, or twice as many where
+documents end inside them. Degree n makes one for the own keys and half as many as ranges per stage.
+
+Passes that are neither very short nor very long run their calls in turns on two streams
+(methods/lanes.py). Kernels that add the sink (fa4) save the merge's pass over out and are slower
+than FlashAttention-3: they pay where rows see few keys.
+
+The figures are an H200's, with NVLink or 400 Gb/s between hosts (docs/benchmarks.md). On another
+machine only the order of things must be right. ``overlap_degree=n`` overrides the degrees.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from magi_sink_cp.dist.planning.layout import Range, RankRanges, num_tokens
+from magi_sink_cp.dist.planning.mask import Window, visible_pairs
+from magi_sink_cp.dist.planning.schedule import typical_share
+
+# Bytes per second between GPUs of one host and of two; of device memory.
+LINK = {"nvlink": 3.4e11, "network": 4.5e10}
+MEMORY = 4.0e12
+# FLOP per second of the attention kernels.
+FLOPS = 6.0e14
+LATENCY_S = 20e-6
+# The last tiles of a kernel call leave processors idle, fewer if another call takes them.
+CALL_S, CALL_ON_TWO_LANES_S = 20e-6, 5e-6
+# Bytes per element of q that one more partial result costs.
+PARTIAL_BYTES = {"forward": 2, "backward": 16}
+# FLOP per visible pair, head and dimension.
+PAIR_FLOPS = {"forward": 4, "backward": 10}
+# What stages add to the computation of rows that see remote keys, as a part of it.
+STAGES_SLOWER = {"forward": 0.045, "backward": 0.0}
+# How much longer a forward that adds the sink takes than FlashAttention-3's.
+SINK_KERNEL_SLOWER = 0.045
+# Processors, and the query rows of one head that a kernel gives one of them at a time.
+PROCESSORS = 132
+TILE_ROWS = 128
+# From so many rounds of tiles on, the idle processors at the end of a call do not matter.
+LARGE_WAVES = 16
+# Computation of a pass, in seconds. Below, two streams wait for each other as long as they save.
+# Above, the ends of calls do not matter, but the fp32 accumulators of two calls' dq do.
+TWO_LANES_S = (1e-3, 20e-3)
+# A buffer holds at most so many times the rank's own keys: it does not grow with cp_size.
+MAX_SHARDS = 4
+
+
+class CallSizes(NamedTuple):
+    """What the cost of a call depends on besides the plan and the window."""
+
+    batch_size: int
+    heads: int
+    heads_kv: int
+    head_dim: int
+    element_size: int
+
+
+@dataclass(frozen=True)
+class Work:
+    """One rank's share of a call, on average over the ranks.
+
+    Attributes:
+        rows: query tokens.
+        pairs: visible (query, key) pairs.
+        remote_keys: tokens that travel to the rank.
+        remote_rows: rows that see any of them.
+        alone_pairs: visible pairs of rows that see own keys alone, computed meanwhile.
+        ranges: token ranges that the rank holds.
+        documents: of the whole sequence.
+        heads, heads_kv, head_dim, element_size: of q, k and v.
+    """
+
+    rows: int
+    pairs: int
+    remote_keys: int
+    remote_rows: int
+    alone_pairs: int
+    ranges: int
+    documents: int
+    heads: int
+    heads_kv: int
+    head_dim: int
+    element_size: int
+
+
+@dataclass(frozen=True)
+class Overlap:
+    """The choices for one kind of call, equal on all ranks.
+
+    Attributes:
+        degrees: overlap_degree of forward and backward.
+        sink_in_kernel: the forward kernels add the sink; else the merge does.
+        large_rows: neighbouring segments of so many rows are forward calls of their own.
+        two_lanes: for forward and backward, whether calls run in turns on two streams.
+    """
+
+    degrees: tuple[int, int]
+    sink_in_kernel: bool
+    large_rows: int
+    two_lanes: tuple[bool, bool]
+
+
+def make_work(
+    layout: Sequence[RankRanges],
+    documents: Sequence[Range],
+    window_size: Window,
+    sizes: CallSizes,
+) -> Work:
+    """The :class:`Work` of a call over this layout."""
+    cp_size, batch_size = len(layout), sizes.batch_size
+    pairs = sum(visible_pairs(hi - lo, hi - lo, *window_size) for lo, hi in documents)
+    share = typical_share(layout, documents, window_size)
+    return Work(
+        rows=batch_size * num_tokens(layout[0]),
+        pairs=batch_size * pairs // cp_size,
+        remote_keys=batch_size * share.remote_keys,
+        remote_rows=batch_size * share.remote_rows,
+        alone_pairs=batch_size * share.alone_pairs,
+        ranges=batch_size * max(len(ranges) for ranges in layout),
+        documents=batch_size * len(documents),
+        heads=sizes.heads,
+        heads_kv=sizes.heads_kv,
+        head_dim=sizes.head_dim,
+        element_size=sizes.element_size,
+    )
+
+
+def choose_overlap(
+    work: Work, cp_size: int, link: str, sink_kernel_slower: float | None
+) -> Overlap:
+    """The choices with the least cost.
+
+    Args:
+        link: a key of LINK.
+        sink_kernel_slower: how much longer kernels that add the sink take than the others, as a
+            part of the computation; 0 if they are the same kernels, None if there are none.
+    """
+    fitting = [n for n in range(cp_size) if buffer_tokens(work, n) <= MAX_SHARDS * work.rows]
+    degrees = fitting or [cp_size - 1]
+    sink_in_kernel = False
+    if sink_kernel_slower is not None:
+        sink_in_kernel = _pass_s(work) > sink_kernel_slower * _computation_s(work, "forward")
+
+    def cheapest(direction: str) -> int:
+        return min(degrees, key=lambda n: cost_s(work, cp_size, n, link, direction, sink_in_kernel))
+
+    return Overlap(
+        degrees=(cheapest("forward"), cheapest("backward")),
+        sink_in_kernel=sink_in_kernel,
+        large_rows=-(-LARGE_WAVES * PROCESSORS // work.heads) * TILE_ROWS,
+        two_lanes=(_two_lanes(work, "forward"), _two_lanes(work, "backward")),
+    )
+
+
+def cost_s(
+    work: Work,
+    cp_size: int,
+    degree: int,
+    link: str,
+    direction: str,
+    sink_in_kernel: bool = False,
+) -> float:
+    """Seconds beyond the computation itself; ``direction`` is "forward" or "backward"."""
+    token_bytes = _token_bytes(work)
+    call_s = CALL_ON_TWO_LANES_S if _two_lanes(work, direction) else CALL_S
+
+    def link_s(tokens: float) -> float:
+        return LATENCY_S + tokens * token_bytes / LINK[link]
+
+    computation = _computation_s(work, direction)
+    if degree == 0:
+        calls = work.ranges * (1 if work.documents == 1 else 2)
+        travel = link_s(work.remote_keys) + 2 * work.rows * token_bytes / MEMORY
+        alone = computation * work.alone_pairs / max(1, work.pairs)
+        home = link_s(work.remote_keys) if direction == "backward" else 0.0
+        return max(0.0, travel - alone) + home + calls * call_s
+    trips = 1 if direction == "forward" else 2
+    later_calls = degree * max(1, work.ranges // 2)
+    partial = PARTIAL_BYTES[direction] * _row_elements(work, work.remote_rows) / MEMORY
+    transfer = link_s(work.remote_keys / degree)
+    exposed = max(0.0, trips * transfer - computation / (degree + 1))
+    merged = degree * partial + later_calls * call_s
+    if direction == "forward" and sink_in_kernel:
+        # Else the merge that adds the sink reads and writes these rows, and lse, anyway.
+        merged += 2 * partial + later_calls * call_s + 16 * work.rows * work.heads / MEMORY
+    slower = STAGES_SLOWER[direction] * work.remote_rows / max(1, work.rows) * computation
+    return merged + degree * exposed + slower + (trips - 1) * transfer + call_s
+
+
+def buffer_tokens(work: Work, degree: int) -> float:
+    """Keys that stand together in a stage's buffer, on average."""
+    return work.remote_keys / degree if degree else work.remote_keys + work.rows
+
+
+def _token_bytes(work: Work) -> int:
+    """Bytes of one token's k and v."""
+    return 2 * work.heads_kv * work.head_dim * work.element_size
+
+
+def _row_elements(work: Work, rows: int) -> int:
+    """Elements of so many rows of q."""
+    return rows * work.heads * work.head_dim
+
+
+def _computation_s(work: Work, direction: str) -> float:
+    return PAIR_FLOPS[direction] * _row_elements(work, work.pairs) / FLOPS
+
+
+def _two_lanes(work: Work, direction: str) -> bool:
+    return TWO_LANES_S[0] < _computation_s(work, direction) < TWO_LANES_S[1]
+
+
+def _pass_s(work: Work) -> float:
+    """A read and a write of out."""
+    return 2 * work.element_size * _row_elements(work, work.rows) / MEMORY

@@ -1,0 +1,1 @@
+"""What moves bytes between the ranks of a cp group, asynchronously."""

@@ -1,0 +1,1 @@
+"""The attention kernels: one file per source, and the registry that chooses among them."""
