@@ -23,6 +23,7 @@ from magi_sink_cp.drop_in.fa3 import (
 from magi_sink_cp.drop_in.fa4 import fa4_func_with_sink, fa4_varlen_func_with_sink
 from magi_sink_cp.kernels.backends.registry import BackendInfo, backends, set_fallback
 from magi_sink_cp.module import SinkAttention
+from magi_sink_cp.ops import flops as _flops  # noqa: F401 (registers the formulas)
 
 __version__ = "0.1.0"
 

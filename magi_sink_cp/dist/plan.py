@@ -36,7 +36,6 @@ from magi_sink_cp.dist.transport.choose import (
 )
 from magi_sink_cp.kernels.checks import (
     as_cu_seqlens,
-    as_float,
     as_int,
     check_dense,
     check_offsets,
@@ -230,8 +229,8 @@ class CPPlan:
                 a gradient; or a gradient is needed and the group has no backend for x's device, or
                 x is on another GPU than the plan.
         """
-        if fill != 0:
-            as_float("the absolute value of fill", abs(fill), zero_allowed=True)
+        if isinstance(fill, bool) or not isinstance(fill, (int, float)):
+            raise TypeError(f"fill must be a number, got {fill!r}")
         if not torch.compiler.is_compiling():
             self.check_size(x, dim, self.total_tokens, "total_tokens")
         if x.requires_grad and torch.is_grad_enabled():

@@ -136,9 +136,7 @@ def test_a_wrong_call_raises_while_it_is_compiled():
 @pytest.mark.parametrize("sink_layout", ["sh", "ssh", None])
 @pytest.mark.parametrize("name", NAMES)
 def test_opcheck(name, sink_layout, monkeypatch):
-    """Schema, fake implementations (shapes, dtypes, strides) and dynamic shapes of the operator
-    calls that the function makes.
-    """
+    """Schema, fakes, autograd and dynamic shapes of the operator calls that the function makes."""
     case = case_for(name, 6, sink_layout or "sh")
     arguments, leaves = arguments_of(name, case)
     if sink_layout is None:
@@ -161,15 +159,13 @@ def test_opcheck(name, sink_layout, monkeypatch):
     out = getattr(magi_sink_cp, name)(**arguments)
     torch.autograd.grad(out, leaves, case.dout)
     assert len(calls) == 2
-    for operator, values in calls:
-        detached = torch.utils._pytree.tree_map(
-            lambda x: x.detach() if isinstance(x, torch.Tensor) else x, values
-        )
-        torch.library.opcheck(
-            operator,
-            detached,
-            test_utils=("test_schema", "test_faketensor", "test_aot_dispatch_dynamic"),
-        )
+    (forward, values), (backward, backward_values) = calls
+    torch.library.opcheck(forward, values)  # with inputs that require gradients
+    detached = torch.utils._pytree.tree_map(
+        lambda x: x.detach() if isinstance(x, torch.Tensor) else x, backward_values
+    )
+    static = ("test_schema", "test_faketensor", "test_aot_dispatch_dynamic")
+    torch.library.opcheck(backward, detached, test_utils=static)
 
 
 @pytest.mark.parametrize("use_reentrant", [False, True])

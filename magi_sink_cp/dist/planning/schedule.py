@@ -203,6 +203,13 @@ def typical_share(
     )
 
 
+def rank_pairs(
+    layout: Sequence[RankRanges], documents: Sequence[Range], window_size: Window, rank: int
+) -> int:
+    """Visible (query, key) pairs of the rank's rows, over all keys of the sequence."""
+    return _Sequence(layout, documents, window_size).pairs(rank)
+
+
 def _add_routes(schedules: Sequence[Schedule], rank: int) -> Schedule:
     """The schedule of ``rank`` with routes, from the schedules of all ranks.
 
@@ -370,6 +377,12 @@ class _Sequence:
                 start = piece.start + rows[0] - piece.rows[0]
                 local_rows = start, start + rows[1] - rows[0]
                 yield Segment(local_rows, to_buffer(keys), window, diagonal)
+
+    def pairs(self, rank: int) -> int:
+        """Visible pairs of the rank's rows."""
+        whole = (0, max((hi for _, hi in self._documents), default=0))
+        segments = self._segments(self._pieces(rank), (whole,), lambda keys: keys)
+        return sum(visible_pairs(s.num_rows, s.num_keys, *s.window_size) for s in segments)
 
     def _split_by_need(self, rank: int) -> tuple[list[_Piece], list[_Piece]]:
         """The rank's pieces: those that see own keys alone, and those that wait for others'."""

@@ -1,0 +1,77 @@
+"""FLOP formulas of the operators, for torch.utils.flop_counter.
+
+Forward: 2 · pairs · heads · (head_dim of q + head_dim of v); backward: 2.5 times that. ``pairs``
+are the visible (query, key) pairs: masks and documents are counted as they are. Fake tensors hold
+no offsets: their documents are taken to be equally long.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
+from torch.utils.flop_counter import register_flop_formula
+
+from magi_sink_cp.dist.methods.base import CallOptions
+from magi_sink_cp.dist.plan import plan_of
+from magi_sink_cp.dist.planning.mask import visible_pairs
+from magi_sink_cp.dist.planning.schedule import rank_pairs
+from magi_sink_cp.ops.attention import Numbers, split_inputs
+from magi_sink_cp.ops.schema import take
+
+
+def _lengths(offsets: Tensor, total: int) -> list[int]:
+    documents = offsets.shape[0] - 1
+    if isinstance(offsets, FakeTensor) or offsets.is_meta:
+        return [total // max(1, documents)] * documents
+    return [hi - lo for lo, hi in itertools.pairwise(offsets.tolist())]
+
+
+def _attention_flops(
+    inputs: Sequence[Tensor], lengths: Sequence[Tensor | None], numbers: Numbers
+) -> int:
+    q, k, v = split_inputs(inputs, numbers.options.num_heads_q)
+    window = numbers.params.window_size
+    if not lengths or lengths[0] is None:
+        pairs = q.shape[0] * visible_pairs(q.shape[1], k.shape[1], *window)
+    else:
+        offsets_k = lengths[0] if lengths[1] is None else lengths[1]
+        both = zip(_lengths(lengths[0], q.shape[0]), _lengths(offsets_k, k.shape[0]), strict=True)
+        pairs = sum(visible_pairs(rows, keys, *window) for rows, keys in both)
+    return 2 * pairs * q.shape[-2] * (q.shape[-1] + v.shape[-1])
+
+
+def _cp_attention_flops(q: Tensor, handle: Tensor, options: CallOptions) -> int:
+    if isinstance(handle, FakeTensor):
+        raise ValueError("the FLOPs of attention across ranks need a real plan, not a fake tensor")
+    plan = plan_of(handle)
+    batch_size = 1 if q.dim() == 3 else q.shape[0]
+    pairs = rank_pairs(plan.layout, plan.documents, options.window_size, plan.rank)
+    return 4 * batch_size * pairs * q.shape[-2] * q.shape[-1]
+
+
+@register_flop_formula(torch.ops.magi_sink_cp.attention_forward, get_raw=True)
+def _forward(inputs: Any, sink: Any, lengths: Any, extras: Any, *flat: Any, out_val: Any) -> int:
+    return _attention_flops(inputs, lengths, Numbers.of(flat))
+
+
+@register_flop_formula(torch.ops.magi_sink_cp.attention_backward, get_raw=True)
+def _backward(*arguments: Any, out_val: Any) -> int:
+    inputs, lengths, numbers = arguments[6], arguments[8], Numbers.of(arguments[10:])
+    return _attention_flops(inputs, lengths, numbers) * 5 // 2
+
+
+@register_flop_formula(torch.ops.magi_sink_cp.cp_attention_forward, get_raw=True)
+def _cp_forward(*arguments: Any, out_val: Any) -> int:
+    options, _ = take(CallOptions, arguments[7:])
+    return _cp_attention_flops(arguments[0], arguments[4], options)
+
+
+@register_flop_formula(torch.ops.magi_sink_cp.cp_attention_backward, get_raw=True)
+def _cp_backward(*arguments: Any, out_val: Any) -> int:
+    options, _ = take(CallOptions, arguments[13:])
+    return _cp_attention_flops(arguments[6], arguments[10], options) * 5 // 2
