@@ -18,13 +18,14 @@ import itertools
 import os
 import random
 import statistics
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from bench import (
+from benchlib import (
     HEADS,
     HEADS_KV,
     PlainAttention,
@@ -67,13 +68,14 @@ def run(args: argparse.Namespace) -> Iterator[list[Row]]:
     torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     dist.init_process_group("nccl", device_id=torch.device("cuda", torch.cuda.current_device()))
     parts: list[Callable[[], list[Row]]] = [
-        *(
-            lambda tokens=tokens: memory_rows(tokens) for tokens in TOKENS
-        ),  # first, as the arena never shrinks
+        # First, as the arena never shrinks.
+        *(lambda tokens=tokens: memory_rows(tokens) for tokens in TOKENS),
         *(lambda tokens=tokens: causal_rows(args, tokens) for tokens in TOKENS),
         *(lambda tokens=tokens: overlap_rows(args, tokens) for tokens in EXPOSED_TOKENS),
         lambda: window_rows(args),
-        lambda: packed_rows(args),
+        lambda: packed_rows(args, 0),
+        lambda: packed_rows(args, 1),
+        lambda: host_rows(args),
         *(lambda tokens=tokens: exposed_rows(args, tokens) for tokens in EXPOSED_TOKENS),
         balance_rows,
     ]
@@ -117,19 +119,14 @@ def causal_rows(args: argparse.Namespace, tokens: int) -> list[Row]:
 
 
 def peers(tokens: int, leaves: tuple[Tensor, ...], dout: Tensor) -> dict[str, Variant]:
-    """One causal document by ring_flash_attn's zigzag, which adds no sink, and by magi_attention
-    as it is configured by default.
-    """
+    """One causal document by ring_flash_attn's zigzag, without a sink, and by magi_attention."""
     q, k, v, sink = leaves
     found: dict[str, Variant] = {}
     if importlib.util.find_spec("ring_flash_attn"):
         ring = importlib.import_module("ring_flash_attn").zigzag_ring_flash_attn_func
         batched = [x.detach()[None].requires_grad_() for x in (q, k, v)]
-        found["zigzag ring without a sink"] = (
-            functools.partial(ring, *batched, causal=True),
-            tuple(batched),
-            dout[None],
-        )
+        function = functools.partial(ring, *batched, causal=True)
+        found["zigzag ring without a sink"] = function, tuple(batched), dout[None]
     if importlib.util.find_spec("magi_attention"):
         api = importlib.import_module("magi_attention.api")
         offsets = torch.tensor([0, tokens], dtype=torch.int32)
@@ -138,6 +135,37 @@ def peers(tokens: int, leaves: tuple[Tensor, ...], dout: Tensor) -> dict[str, Va
             offsets, offsets, *sizes, pad_size=0, cp_group_or_mesh=dist.group.WORLD, causal=True
         )
         found["MagiAttention"] = lambda: api.calc_attn(q, k, v, key, sink=sink)[0], leaves, dout
+    return found
+
+
+def gathering_peers(
+    cu_seqlens: list[int], head_dim: int, window_size: tuple[int, int]
+) -> dict[str, Variant]:
+    """ring_flash_attn's llama3 varlen, at two strides of heads, without a sink.
+
+    It gathers K and V, and its shards are contiguous: several trainers do so.
+    """
+    if not importlib.util.find_spec("ring_flash_attn"):
+        return {}
+    package = importlib.import_module("ring_flash_attn")
+    rank, ranks = dist.get_rank(), dist.get_world_size()
+    offsets = torch.tensor(cu_seqlens, dtype=torch.int32, device="cuda")
+    offsets_q, offsets_k, longest_q, longest_k, local_k = (
+        package.llama3_flash_attn_prepare_cu_seqlens(offsets, True, rank, ranks)
+    )
+    q, k, v, dout, _ = draw((cu_seqlens[-1] // ranks,), head_dim)
+    found: dict[str, Variant] = {}
+    for stride in (1, HEADS_KV):
+        function = functools.partial(
+            package.llama3_flash_attn_varlen_func, q, k, v, offsets_q, offsets_k, longest_q,
+            longest_k, heads_k_stride=stride, local_k_slice=local_k, causal=True,
+            window_size=window_size, group=dist.group.WORLD,
+        )  # fmt: skip
+        found[f"llama3 varlen without a sink, {stride} KV heads at a time"] = (
+            function,
+            (q, k, v),
+            dout,
+        )
     return found
 
 
@@ -167,47 +195,75 @@ def overlap_rows(args: argparse.Namespace, tokens: int) -> list[Row]:
 
 
 def window_rows(args: argparse.Namespace) -> list[Row]:
-    """The window of gpt-oss: 128 tokens, head_dim 64."""
-    tokens = 131072
+    """gpt-oss's window of 128 keys, the query's own included; head_dim 64."""
+    tokens, window_size = 131072, (127, 0)
     plan = make_cp_plan(tokens, group=dist.group.WORLD)
     q, k, v, dout, sink = draw((plan.local_tokens,), 64)
-
     attention = functools.partial(
-        cp_attention_with_sink, q, k, v, sink, plan=plan, window_size=(128, 0)
+        cp_attention_with_sink, q, k, v, sink, plan=plan, window_size=window_size
     )
     ours: dict[str, Variant] = {
         "cp": (attention, (q, k, v, sink), dout),
         "cp on fa3": (functools.partial(attention, backend="fa3"), (q, k, v, sink), dout),
     }
-    return compared(
-        args,
-        "window 128",
-        {"batch": 1, "tokens": tokens, "head_dim": 64},
-        ours,
-        (128, 0),
-        None,
-        tokens * 256,
-    )
+    ours |= gathering_peers([0, tokens], 64, window_size)
+    shape = {"batch": 1, "tokens": tokens, "head_dim": 64}
+    return compared(args, "window 128", shape, ours, window_size, None, tokens * 256)
 
 
-def packed_rows(args: argparse.Namespace) -> list[Row]:
-    """Documents drawn from DOCUMENT_LENGTHS, in either layout."""
+def packed_rows(args: argparse.Namespace, seed: int) -> list[Row]:
+    """Documents drawn from DOCUMENT_LENGTHS, in the balanced layout."""
     tokens = 65536
-    cu_seqlens = draw_documents(tokens, seed=0)
-    variants: dict[str, Variant] = {}
-    for layout in sorted(LAYOUTS):
-        plan = make_cp_plan(tokens, group=dist.group.WORLD, cu_seqlens=cu_seqlens, layout=layout)
-        q, k, v, dout, sink = draw((plan.local_tokens,), 128)
-        attention = functools.partial(cp_attention_with_sink, q, k, v, sink, plan=plan)
-        variants[f"cp {layout}"] = attention, (q, k, v, sink), dout
-        variants[f"cp {layout} on fa3"] = (
-            functools.partial(attention, backend="fa3"),
-            (q, k, v, sink),
-            dout,
-        )
+    cu_seqlens = draw_documents(tokens, seed)
+    plan = make_cp_plan(tokens, group=dist.group.WORLD, cu_seqlens=cu_seqlens, layout="balanced")
+    q, k, v, dout, sink = draw((plan.local_tokens,), 128)
+    attention = functools.partial(cp_attention_with_sink, q, k, v, sink, plan=plan)
+    ours: dict[str, Variant] = {
+        "cp": (attention, (q, k, v, sink), dout),
+        "cp on fa3": (functools.partial(attention, backend="fa3"), (q, k, v, sink), dout),
+    }
+    ours |= gathering_peers(cu_seqlens, 128, (-1, -1))
     pairs = sum((hi - lo) ** 2 for lo, hi in itertools.pairwise(cu_seqlens))
     shape = {"batch": len(cu_seqlens) - 1, "tokens": tokens, "head_dim": 128}
-    return compared(args, "packed", shape, variants, (-1, 0), cu_seqlens, pairs)
+    return compared(args, f"packed, batch {seed}", shape, ours, (-1, 0), cu_seqlens, pairs)
+
+
+def host_rows(args: argparse.Namespace) -> list[Row]:
+    """Microseconds that the host spends in one call, where the GPU is always behind."""
+    rows: list[Row] = []
+    for transport in ("nccl", "auto"):
+        plan = make_cp_plan(2048, group=dist.group.WORLD, transport=transport)
+        q, k, v, dout, sink = draw((plan.local_tokens,), 64)
+        name = plan.transport.name if plan.transport else "one rank"
+        for part, values in host_times(q, k, v, sink, plan, dout, args.rounds).items():
+            shape = {"tokens": 2048, "head_dim": 64, "ranks": plan.cp_size}
+            rows.append({**shape, "measured": f"host: {part}, {name}", **summary(values)})
+    return rows
+
+
+def host_times(
+    q: Tensor, k: Tensor, v: Tensor, sink: Tensor, plan: CPPlan, dout: Tensor, rounds: int
+) -> dict[str, list[float]]:
+    """Microseconds of the host: forward, and forward with backward, of 10 calls in turn."""
+
+    def forward() -> Any:
+        return cp_attention_with_sink(q, k, v, sink, plan=plan)
+
+    def step() -> Any:
+        return torch.autograd.grad(forward(), (q, k, v, sink), dout)
+
+    times: dict[str, list[float]] = {"forward": [], "forward+backward": []}
+    for number in range(rounds + 3):
+        for part, function in (("forward", forward), ("forward+backward", step)):
+            torch.cuda.synchronize()
+            torch.cuda._sleep(20_000_000)
+            start = time.perf_counter()
+            for _ in range(10):
+                function()
+            if number >= 3:
+                times[part].append((time.perf_counter() - start) / 10 * 1e6)
+    torch.cuda.synchronize()
+    return times
 
 
 def draw_documents(tokens: int, seed: int) -> list[int]:

@@ -35,7 +35,7 @@ def cp_results(
 ) -> dict[str, torch.Tensor]:
     """Results of the sharded call, put together again.
 
-    Dsink summed over ranks for a shared sink, padding rows checked and cut.
+    A shared dsink is summed over the ranks; padding is checked and cut off.
     """
     cu_seqlens = torch.tensor(case.cu_seqlens_q, dtype=torch.int32)
     plan = make_cp_plan(

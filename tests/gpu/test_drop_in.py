@@ -46,7 +46,7 @@ MASKS = {
 def missing(family: str) -> str:
     """Why the kernels of a family are not here, or an empty string.
 
-    Fa2_* functions always have PyTorch's own.
+    The fa2_* functions always have PyTorch's own.
     """
     return {info.name: info.reason for info in backends()}["aten" if family == "fa2" else family]
 

@@ -202,7 +202,7 @@ def test_gradient_of_lse(backend, packed, sink_layout):
 def test_gradient_of_lse_of_any_size(backend, size, dtype):
     """A z-loss over many tokens sends 1e-9 into lse, which fp16 cannot hold.
 
-    Dq and dk are right where they can be held.
+    The dq and dk are right where they can be held.
     """
     case = make_case([90], [90], batch=1, head_dim=64, dtype=dtype, device="cuda", with_dlse=True)
     case.dout = torch.zeros_like(case.dout)
@@ -260,7 +260,7 @@ def test_views_that_are_not_aligned(backend):
 def test_fa3_hands_over_delta(head_dim, mask, lengths):
     """The padding of varlen softmax_d is what RowDelta says.
 
-    Dsink from it has the digits of dsink from out and dout in fp64.
+    The dsink from it has the digits of dsink from out and dout in fp64.
     """
     case = make_case(
         lengths,

@@ -10,10 +10,10 @@ from unittest import mock
 import pytest
 import torch
 
-from magi_sink_cp import CPPlan, backends, cp_attention_with_sink, make_cp_plan
+from magi_sink_cp import backends, cp_attention_with_sink, make_cp_plan
 from magi_sink_cp.dist.methods import ring
 from magi_sink_cp.dist.methods.lanes import Lanes, TwoLanes
-from magi_sink_cp.dist.planning import cost as overlap
+from magi_sink_cp.dist.planning import cost
 from tests.support.cases import offsets
 
 pytestmark = pytest.mark.gpu
@@ -69,9 +69,8 @@ def check_graph(leaves: list[torch.Tensor], step: Callable[[], tuple[torch.Tenso
         step()
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(
-        graph, stream=stream, capture_error_mode="thread_local"
-    ):  # NCCL's watchdog is another thread
+    # thread_local: NCCL's watchdog is another thread.
+    with torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):
         captured = step()
     with torch.no_grad():
         for x in leaves:
@@ -86,13 +85,13 @@ def check_graph(leaves: list[torch.Tensor], step: Callable[[], tuple[torch.Tenso
 @pytest.fixture
 def many_calls():
     """On two streams however short; of large segments also in backward, where one rank has none."""
-    schedule = CPPlan.schedule
+    schedule = ring.RingPlan.schedule
 
-    def with_large_rows(plan, window_size, overlap_degree, batch_size=1, *_):
-        return schedule(plan, window_size, overlap_degree, batch_size, None, 1000)
+    def with_large_rows(this, window_size, overlap_degree, batch_size=1, *_):
+        return schedule(this, window_size, overlap_degree, batch_size, 1000)
 
-    always = mock.patch.object(overlap, "TWO_LANES_S", (0.0, float("inf")))
-    with always, mock.patch.object(CPPlan, "schedule", with_large_rows):
+    always = mock.patch.object(cost, "TWO_LANES_S", (0.0, float("inf")))
+    with always, mock.patch.object(ring.RingPlan, "schedule", with_large_rows):
         yield
 
 
