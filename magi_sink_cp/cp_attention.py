@@ -80,18 +80,9 @@ def cp_attention_with_sink(
     q, k, v = under_autocast(q, k, v)
     if sink_layout == "sh" and isinstance(sink, Tensor) and sink.dim() == 1:
         sink = sink.unsqueeze(0)
-    options = {
-        "sink_layout": sink_layout,
-        "softmax_scale": softmax_scale,
-        "causal": causal,
-        "window_size": window_size,
-        "softcap": softcap,
-        "deterministic": deterministic,
-        "dsink_reduce": dsink_reduce,
-        "overlap_degree": overlap_degree,
-        "grad_reduce_dtype": grad_reduce_dtype,
-        "checks": checks,
-        "backend": backend,
-    }
-    out, lse = cp_attention(q, k, v, sink, plan, return_lse, options)
+    options = (
+        sink_layout, softmax_scale, causal, window_size, softcap, deterministic, dsink_reduce,
+        overlap_degree, grad_reduce_dtype, checks, backend,
+    )  # fmt: skip
+    out, lse = cp_attention(q, k, v, sink, plan, return_lse, checks == "always", options)
     return (out, lse) if return_lse else out

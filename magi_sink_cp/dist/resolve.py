@@ -7,8 +7,7 @@ from __future__ import annotations
 
 import functools
 import weakref
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -40,7 +39,6 @@ _requests: weakref.WeakKeyDictionary[CPPlan, BoundedCache[tuple[object, ...], Re
 
 
 def make_call_options(
-    *,
     sink_layout: str,
     softmax_scale: float | None,
     causal: bool,
@@ -127,8 +125,9 @@ _checked_options = functools.lru_cache(maxsize=1024, typed=True)(_check_options)
 
 def requires_grad_of(*tensors: Tensor | None) -> tuple[bool, ...]:
     """For each tensor, whether a gradient will be asked for."""
-    enabled = torch.is_grad_enabled()
-    return tuple(enabled and x is not None and x.requires_grad for x in tensors)
+    if not torch.is_grad_enabled():
+        return (False,) * len(tensors)
+    return tuple([getattr(x, "requires_grad", False) for x in tensors])
 
 
 def resolve(
@@ -253,8 +252,8 @@ def _check_tensors(
     return sink
 
 
-def agree_on_forward(plan: CPPlan, arguments: Any, always: bool) -> Request:
-    """Resolve ``arguments`` and compare the request over the ranks.
+def agree_on_forward(plan: CPPlan, make_request: Callable[[], Request], always: bool) -> Request:
+    """Make the request and compare it over the ranks.
 
     Raises:
         TypeError, ValueError: on every rank, if an argument is invalid on one or the ranks differ.
@@ -262,7 +261,7 @@ def agree_on_forward(plan: CPPlan, arguments: Any, always: bool) -> Request:
     try:
         if plan.transport is not None:
             plan.check_current_device()
-        request = arguments()
+        request = make_request()
     except Exception as error:
         plan.agreement.tell(error, FORWARD, always)
         raise

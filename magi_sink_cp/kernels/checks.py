@@ -187,11 +187,11 @@ def under_autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
 
     Rotary embeddings often leave q and k in fp32 beside a v in bf16.
     """
-    if not all(isinstance(x, Tensor) for x in tensors):
+    kinds = {getattr(x, "dtype", None) for x in tensors}
+    if len(kinds) < 2 or None in kinds:  # something that is no tensor is refused later
         return tensors
-    kinds = {x.dtype for x in tensors}
     device_type = tensors[0].device.type
-    if len(kinds) < 2 or not torch.is_autocast_enabled(device_type):
+    if not torch.is_autocast_enabled(device_type):
         return tensors
     if not all(kind in SINK_FLOATS for kind in kinds):
         return tensors

@@ -48,35 +48,31 @@ def cp_attention(
     sink: Tensor | None,
     plan: CPPlan,
     want_lse: bool,
-    options: dict[str, Any],
+    always_compare: bool,
+    options: tuple[Any, ...],
 ) -> tuple[Tensor, Tensor]:
     """(out, lse); differentiable in q, k, v and sink. ``options`` are make_call_options' arguments.
 
     Every rank of the group must call this. Errors are raised on every rank.
     """
-    want_lse = as_flag("return_lse", want_lse)
-    if torch.compiler.is_compiling():
-        checked = make_call_options(**options)
-        grads = requires_grad_of(q, k, v, sink)
-        out, lse, _ = _forward_op(q, k, v, sink, plan.handle, grads, want_lse, *checked)
-        return out, lse
-    always = options["checks"] == "always"
+    grads = requires_grad_of(q, k, v, sink)
 
-    def arguments() -> Request:
-        checked = make_call_options(**options)
-        return resolve(q, k, v, sink, plan, checked, requires_grad_of(q, k, v, sink))
+    def make_request() -> Request:
+        as_flag("return_lse", want_lse)
+        return resolve(q, k, v, sink, plan, make_call_options(*options), grads)
 
-    if is_watched((q, k, v, sink)):
-        try:
-            checked = make_call_options(**options)
-        except Exception:
-            agree_on_forward(plan, arguments, always)  # raises on every rank
-            raise
-        grads = requires_grad_of(q, k, v, sink)
-        out, lse, _ = _forward_op(q, k, v, sink, plan.handle, list(grads), want_lse, *checked)
-        return out, lse
-    request = agree_on_forward(plan, arguments, always)
-    return _CPAttention.apply(q, k, v, sink, plan, request, want_lse)
+    if not is_watched((q, k, v, sink)):
+        request = agree_on_forward(plan, make_request, always_compare)
+        return _CPAttention.apply(q, k, v, sink, plan, request, want_lse)
+    try:
+        as_flag("return_lse", want_lse)
+        checked = make_call_options(*options)
+    except Exception:
+        if not torch.compiler.is_compiling():
+            agree_on_forward(plan, make_request, always_compare)  # tells the other ranks
+        raise
+    out, lse, _ = _forward_op(q, k, v, sink, plan.handle, grads, want_lse, *checked)
+    return out, lse
 
 
 # --- Implementations ----------------------------------------------------------------------------
@@ -117,6 +113,8 @@ def _forward(
     request: Request, q: Tensor, k: Tensor, v: Tensor, sink: Tensor | None, want_lse: bool
 ) -> tuple[Tensor, Tensor]:
     """(out, lse) like the user's q, 0 on padding."""
+    if q.dim() == 3 and not request.is_padded:
+        return request.method.forward(request, q, k, v, sink, want_lse)
     flat_q, flat_k, flat_v = (
         _clear_padding(request, _rows_of_samples(request, x)) for x in (q, k, v)
     )
@@ -144,21 +142,26 @@ def _backward(
 ) -> list[Tensor]:
     """dq, dk, dv, and dsink if it is needed."""
     dout = torch.zeros_like(out) if dout is None else dout
+    if dlse is not None:
+        dlse = dlse.masked_fill(torch.isneginf(lse), 0.0)  # log 0 depends on nothing
+    method = request.method
+    if q.dim() == 3 and not request.is_padded:
+        *grads, dsink = method.backward(request, dout, dlse, q, k, v, sink, out, lse, needs_dsink)
+        return grads if dsink is None else [*grads, dsink]
     flat = [_rows_of_samples(request, x) for x in (dout, q, k, v, out)]
     flat_dout, flat_q, flat_k, flat_v = (_clear_padding(request, x) for x in flat[:4])
     lse = _columns_of_samples(lse)
-    if dlse is not None:
-        dlse = _columns_of_samples(dlse).masked_fill(torch.isneginf(lse), 0.0)
+    dlse = None if dlse is None else _columns_of_samples(dlse)
     if request.is_padded:
         padding = request.padding(q.device)
         lse = lse.masked_fill(padding, float("inf"))  # kernels/dsink.py: no such row
         dlse = None if dlse is None else dlse.masked_fill(padding, 0.0)
-    dq, dk, dv, dsink = request.method.backward(
+    dq, dk, dv, dsink = method.backward(
         request, flat_dout, dlse, flat_q, flat_k, flat_v, _flat_sink(request, sink), flat[4], lse,
         needs_dsink,
     )  # fmt: skip
     pairs = ((dq, q), (dk, k), (dv, v))
-    grads = [grad.reshape(x.shape).contiguous() for grad, x in pairs]
+    grads = [grad.view(x.shape) for grad, x in pairs]
     if dsink is not None and sink is not None:
         grads.append(dsink.view(sink.shape))
     return grads
@@ -176,10 +179,10 @@ def _forward_from_op(
 ) -> tuple[Tensor, Tensor, Tensor]:
     plan, (options, _) = plan_of(handle), take(CallOptions, rest)
 
-    def arguments() -> Request:
+    def make_request() -> Request:
         return resolve(q, k, v, sink, plan, options, tuple(requires_grad))
 
-    request = agree_on_forward(plan, arguments, options.always_compare)
+    request = agree_on_forward(plan, make_request, options.always_compare)
     out, lse = _forward(request, q, k, v, sink, want_lse)
     return out, lse, torch.tensor(next(plan.calls), dtype=torch.int64, device="cpu")
 

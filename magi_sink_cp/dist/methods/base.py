@@ -148,4 +148,7 @@ class Method(ABC):
         lse: Tensor,
         needs_dsink: bool,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-        """dq, dk, dv, and dsink if it is needed. lse is +inf on padding, and dlse is 0 there."""
+        """Contiguous dq, dk, dv, and dsink if it is needed.
+
+        lse is +inf on padding, and dlse is 0 there.
+        """

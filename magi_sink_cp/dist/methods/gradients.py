@@ -54,8 +54,10 @@ class GradientSum:
             self._terms = [Term(self._sum(self._dtype), 0, 0, self._like.shape[0])]
 
     def result(self) -> Tensor:
-        """The sum in the dtype of x. Rows without a contribution are 0."""
-        return self._sum(self._like.dtype) if self._terms else torch.zeros_like(self._like)
+        """The sum in the dtype of x, contiguous. Rows without a contribution are 0."""
+        if self._terms:
+            return self._sum(self._like.dtype)
+        return torch.zeros_like(self._like, memory_format=torch.contiguous_format)
 
     def _sum(self, dtype: torch.dtype) -> Tensor:
         """The sum in ``dtype``; in place of the first contribution if that has all rows in it."""
@@ -64,7 +66,7 @@ class GradientSum:
         rows = self._like.shape[0]
         has_all_rows = (first.start, first.stop, first.tensor.shape[0]) == (0, rows, rows)
         if first.tensor.dtype != dtype or not has_all_rows:
-            out = torch.empty_like(self._like, dtype=dtype)
+            out = torch.empty_like(self._like, dtype=dtype, memory_format=torch.contiguous_format)
             accumulate(self._terms, out)
             return out
         for (start, stop), indices in clusters([(term.start, term.stop) for term in others]):
