@@ -156,7 +156,7 @@ def body_fsdp2(group, device, *, checkpointed) -> None:
 
 @devices
 @pytest.mark.parametrize("overlap_degree", [0, 1])
-def test_a_thousand_steps_do_not_grow(device_type, overlap_degree):
+def test_many_steps_do_not_grow(device_type, overlap_degree):
     run_on_ranks(2, body_steps, device_type, overlap_degree=overlap_degree)
 
 
@@ -169,7 +169,7 @@ def body_steps(group, device, *, overlap_degree) -> None:
     )
     sink = torch.randn(1, HEADS, device=device, requires_grad=True)
     used = []
-    for step in range(1000):
+    for step in range(500):
         window_size = (9, 0) if step % 2 else (-1, -1)
         arguments = {
             "plan": plan,
@@ -180,7 +180,7 @@ def body_steps(group, device, *, overlap_degree) -> None:
         out = cp_attention_with_sink(q, k, v, sink, **arguments)
         torch.autograd.grad(out, (q, k, v, sink), torch.ones_like(out))
         del out
-        if step % 200 == 199:
+        if step % 100 == 99:
             gc.collect()
             if device.type == "cuda":
                 torch.cuda.synchronize()

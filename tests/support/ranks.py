@@ -141,6 +141,12 @@ _pools: dict[str, _Pool] = {}
 _torchrun_member: dict[str, _Member] = {}
 
 
+def close_pools() -> None:
+    """End the ranks that run_on_ranks has started."""
+    for pool in list(_pools.values()):
+        pool.close()
+
+
 def run_on_ranks(
     num_ranks: int, body: Callable[..., Any], device_type: str = "cpu", **arguments: Any
 ) -> list[Any]:

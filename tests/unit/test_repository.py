@@ -272,9 +272,9 @@ def test_verify_fails_when_the_runs_differ(tmp_path):
     assert re.search(r"verify: .* FAILED", result.stdout), result.stdout + result.stderr
 
 
-@pytest.mark.parametrize("ranks", [1, 2])
-def test_ctrl_c_saves_and_a_resumed_run_is_the_same(tmp_path, ranks):
+def test_ctrl_c_saves_and_a_resumed_run_is_the_same(tmp_path):
     """An interrupted and resumed run gives the losses of one that was never interrupted."""
+    ranks = 1 if torch.cuda.device_count() == 1 else 2
     whole, parted = tmp_path / "whole", tmp_path / "parted"
     assert train(whole, "--steps", "30", *SMALL, ranks=1).returncode == 0
     command = [*launcher(ranks), "scripts/train.py", "--out", str(parted)]
@@ -332,3 +332,29 @@ def test_scripts_that_need_a_gpu_refuse_without_one(tmp_path, script):
     assert result.returncode == 2
     assert "needs a CUDA GPU" in result.stderr
     assert not list(tmp_path.iterdir())
+
+
+def test_stress_prints_how_to_reproduce_a_failure(monkeypatch, capsys):
+    stress = importlib.import_module("tests.stress")
+    ran = []
+
+    def run_case(name: str) -> None:
+        ran.append(name)
+        if len(ran) == 3:
+            raise AssertionError("dq: relative error 0.1 exceeds 1e-05")
+
+    monkeypatch.setattr(stress, "run_case", run_case)
+    monkeypatch.setattr(sys, "argv", ["stress", "--minutes", "1", "--seed", "7"])
+    assert stress.main() == 1
+    assert ran[0] == "one seed 7"
+    printed = capsys.readouterr()
+    assert f"reproduce: python -m tests.stress --only '{ran[2]}'" in printed.out
+    assert "dq: relative error" in printed.err
+
+
+def test_stress_draws_on_one_device_and_on_ranks():
+    command = [sys.executable, "-m", "tests.stress", "--only"]
+    for name in ("one seed 3", "ranks 2 seed 4"):
+        result = subprocess.run([*command, name], cwd=ROOT, capture_output=True, text=True)
+        assert result.returncode == 0, result.stderr
+        assert "1 cases passed" in result.stdout
