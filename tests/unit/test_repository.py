@@ -135,35 +135,6 @@ def test_planning_needs_no_torch():
     subprocess.run([sys.executable, "-c", source], check=True)
 
 
-def readme_examples() -> list[str]:
-    return re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
-
-
-def test_the_readme_has_examples_for_one_device_for_drop_in_functions_and_for_torchrun():
-    examples = readme_examples()
-    assert len(examples) == 3
-    assert all(len(example.splitlines()) <= 22 for example in examples)
-
-
-@pytest.mark.parametrize("number", [0, 1, 2])
-def test_readme_examples_run(tmp_path, number):
-    script = tmp_path / "example.py"
-    script.write_text(readme_examples()[number])
-    launcher = (
-        []
-        if number < 2
-        else ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    )
-    if torch.cuda.device_count() == 1 and number == 2:
-        launcher[-1] = "1"
-    result = subprocess.run(
-        [sys.executable, *launcher, str(script)], cwd=ROOT, capture_output=True, text=True
-    )
-    assert result.returncode == 0, result.stderr
-    if number == 1:  # the same script, unchanged, without torchrun
-        subprocess.run([sys.executable, str(script)], cwd=ROOT, check=True, capture_output=True)
-
-
 def train(
     folder: Path, *arguments: str, ranks: int = 2, script: str = "scripts/train.py"
 ) -> subprocess.CompletedProcess[str]:
