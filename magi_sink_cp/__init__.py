@@ -1,6 +1,4 @@
-"""Attention with learnable sinks, exact, forward and backward, on one device and across
-context-parallel ranks.
-"""
+"""Exact attention with learnable sinks, on one device and across context-parallel ranks."""
 
 from magi_sink_cp import compat
 from magi_sink_cp.attention import attention_with_sink

@@ -16,20 +16,22 @@ from magi_sink_cp.kernels.checks import FLOATS, as_float, make_params
 
 
 class SinkAttention(nn.Module):
-    """Owns ``num_sinks`` learnable sink logits per head, shared by all rows (layout "sh"), and
-    computes attention with them.
+    """Attention with learnable sink logits that it owns.
+
+    They are the parameter ``sink`` (num_sinks, num_heads). It runs on one device, or across ranks
+    if it is called with a plan.
 
     Args:
         num_heads: query heads h.
         num_sinks: s_sink >= 1.
-        init_std: the logits start from a normal distribution with this standard deviation (gpt-oss:
-            0.02).
+        init_std: standard deviation of the normal distribution from which the logits start
+            (gpt-oss: 0.02).
         softmax_scale, causal, window_size, softcap, deterministic, backend: as in
             :func:`magi_sink_cp.attention_with_sink`.
-        dsink_reduce: as in :func:`magi_sink_cp.cp_attention_with_sink`; it has no effect without a
+        dsink_reduce: as in :func:`magi_sink_cp.cp_attention_with_sink`. It has no effect without a
             plan, where dsink is whole.
-        device, dtype: of the parameter ``sink`` (num_sinks, num_heads): fp32 by default, or fp16,
-            bf16, fp64 (for q in fp64); None is torch's default.
+        device, dtype: of ``sink``; fp32 by default, or fp16, bf16, fp64 (for q in fp64). None is
+            torch's default.
 
     Raises:
         TypeError, ValueError: an argument is invalid.
@@ -96,8 +98,13 @@ class SinkAttention(nn.Module):
         max_seqlen_k: int | None = None,
         return_lse: bool = False,
     ) -> Tensor | tuple[Tensor, Tensor]:
-        """With ``plan``, cp_attention_with_sink on local tokens; else attention_with_sink, dense or
-        packed.
+        """cp_attention_with_sink on local tokens with ``plan``, else attention_with_sink.
+
+        Args:
+            q, k, v: as those functions take them.
+            plan: of make_cp_plan.
+            cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k: packed documents, without a
+            plan. return_lse: also return lse.
 
         Raises:
             ValueError: cu_seqlens or max_seqlen beside a plan, which already knows the documents.

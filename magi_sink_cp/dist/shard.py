@@ -1,8 +1,7 @@
-"""shard and unshard as registered operators: opaque to torch.compile, differentiable any number of
-times.
+"""shard and unshard as registered operators.
 
-``magi_sink_cp::shard`` and ``magi_sink_cp::unshard`` take a plan as its handle, and the size that
-they make, so that a compiled graph serves every plan of the same sizes.
+They are opaque to torch.compile, and differentiable any number of times. They take a plan as its
+handle, and the size that they make, so a compiled graph serves every plan of the same sizes.
 """
 
 from __future__ import annotations

@@ -99,9 +99,7 @@ def varlen(
 
 
 def check_packed(name: str, x: Tensor, num_dims: int, shape_text: str, slices: int) -> None:
-    """That ``x`` has the rank of qkv or kv, and ``slices`` (3 or 2) as its size before heads and
-    head_dim.
-    """
+    """Check that ``x`` has the rank of qkv or kv, and ``slices`` (3 or 2) before its heads."""
     if not isinstance(x, Tensor):
         raise TypeError(f"{name} must be a torch.Tensor, got {type(x).__name__}")
     if x.dim() != num_dims or x.shape[-3] != slices:

@@ -1,10 +1,8 @@
-"""FlashAttention-2's public functions (2.8) with ``sink`` and ``sink_layout`` right after the
-tensors and lengths.
+"""FlashAttention-2's public functions (2.8) with ``sink`` and ``sink_layout``.
 
-They run on the flash_attn package (2.7 and 2.8) where it is installed, else on PyTorch's own
-FlashAttention-2, which has no softcap, alibi_slopes and block_table; CPU tensors run on this
-package's cpu backend, which has no dropout, alibi_slopes and block_table. What the kernels at hand
-lack raises, by name.
+These come right after the tensors (and lengths). The functions run on the flash_attn package (2.7
+or 2.8) where it is installed, else on PyTorch's own FlashAttention-2; on CPU tensors on the cpu
+backend.
 """
 
 from __future__ import annotations
@@ -37,42 +35,40 @@ def fa2_func_with_sink(
     deterministic: bool = False,
     return_attn_probs: bool = False,
 ) -> _Result:
-    """``flash_attn_func`` of FlashAttention-2 with learnable sinks; differentiable in q, k, v and
-    sink.
+    """``flash_attn_func`` of FlashAttention-2 with learnable sinks.
 
-    For row i and head h, with scores S_ij over the visible keys and sink logits z: out_i = Σ_j
-        exp(S_ij - lse_i) v_j with
-    lse_i = log(Σ_j exp S_ij + Σ_s exp z_s), natural log (the sinks of gpt-oss).
+    For row i and head h, with scores S_ij over the visible keys and sink logits z (natural log, the
+    sinks of gpt-oss):
+
+        out_i = Σ_j exp(S_ij - lse_i) v_j,    lse_i = log(Σ_j exp S_ij + Σ_s exp z_s)
+
+    Differentiable once, in q, k, v and sink.
 
     Args:
-        q: (b, sq, h, d), fp16 or bf16 (on the CPU fp32 and fp64 too); a d that is no multiple of 8
-            is padded on a GPU.
+        q: (b, sq, h, d), fp16 or bf16. On the CPU also fp32 and fp64.
         k, v: (b, sk, h_kv, d); h_kv divides h.
-        sink: logits, fp32 (bf16 and fp16 are computed in fp32), (s_sink, h) or per row (b, sq,
-            s_sink, h). None: plain attention.
-        sink_layout: "sh" or "ssh", the two shapes of sink.
-        dropout_p: probability with which a weight is dropped after the softmax; the sinks are never
-            dropped.
-        softmax_scale: factor on the scores, default d^-1/2.
+        sink: logits, fp32 (bf16 and fp16 are computed in fp32): (h,), (s_sink, h), or with
+            sink_layout="ssh" per row, (b, sq, s_sink, h). None is plain attention.
+        sink_layout: "sh" (shared by all rows) or "ssh" (a sink per row).
+        dropout_p: probability that a weight is dropped after the softmax; lse does not see it.
+        softmax_scale: factor on the scores; None is d^-1/2.
         causal: mask aligned to the bottom right: row i sees keys up to i + sk - sq.
-        window_size: (left, right) tokens seen around i + sk - sq; -1 is unlimited; causal makes
-            right 0.
-        softcap: scores become softcap · tanh(scores / softcap); 0 is off.
-        alibi_slopes: fp32 (h,) or (b, h): scores get -slope · |i + sk - sq - j|.
+        window_size: (left, right) tokens seen around i + sk - sq; -1 or None is unlimited. causal
+            sets right to 0. 128 keys, the query's own included, are (127, 0).
+        softcap: scores become softcap · tanh(scores / softcap); 0 is off. flash_attn only.
+        alibi_slopes: fp32 (h,) or (b, h): scores get -slope · |i + sk - sq - j|. flash_attn only.
         deterministic: the backward gives the same bits in every run.
-        return_attn_probs: also return softmax_lse and S_dmask. FlashAttention-2 has S_dmask with
-            dropout only, so that without dropout this raises. For lse alone:
-            ``attention_with_sink(..., return_lse=True)``.
+        return_attn_probs: also return softmax_lse and S_dmask. Needs dropout_p > 0.
 
     Returns:
-        out like q; or (out, softmax_lse, S_dmask) with softmax_lse fp32 (b, h, sq), the sink
-        included, and S_dmask (b, h, sq and sk rounded up to 128) as the kernel leaves it: its
-        scaling is the kernel's own and without the sink, and a negative entry is a dropped one. A
-        gradient that reaches softmax_lse is exact.
+        out like q, or (out, softmax_lse, S_dmask). softmax_lse is fp32 (b, h, sq), the sink
+        included; a gradient that reaches it is exact. S_dmask (b, h, sq and sk rounded up to 128)
+        is as the kernel leaves it: scaled by the kernel, without the sink, negative where dropped.
 
     Raises:
-        TypeError, ValueError: before any kernel runs: an invalid argument, or something the kernels
-            at hand cannot do.
+        TypeError, ValueError: an argument is invalid, or the kernels here cannot do what is asked.
+            Raised before any kernel runs.
+        RuntimeError: in backward, a second derivative is asked for.
     """
     check_sink_is_tensor(sink, sink_layout)
     params = _params(
@@ -102,25 +98,27 @@ def fa2_varlen_func_with_sink(
     return_attn_probs: bool = False,
     block_table: Tensor | None = None,
 ) -> _Result:
-    """``flash_attn_varlen_func`` of FlashAttention-2 with learnable sinks: packed documents, which
-    do not see each other.
+    """``flash_attn_varlen_func`` of FlashAttention-2 with learnable sinks.
+
+    Documents are packed, and do not see each other.
 
     Args:
-        q: (total_q, h, d); k, v: (total_k, h_kv, d), or with block_table pages (pages, page size,
-            h_kv, d).
-        cu_seqlens_q, cu_seqlens_k: int32 (documents + 1,) offsets, on the device of q. They end at
-            total_q and total_k. CUDA offsets are not read by the host, as in FlashAttention:
-            nothing here waits for the GPU. Rows behind the last document are unspecified, as there;
-            with a sink they count as rows without a key, so that dsink is right.
-        max_seqlen_q, max_seqlen_k: longest document, at least. None reads it from the offsets (on a
-            GPU this waits once a tensor).
-        sink: (s_sink, h), or with sink_layout="ssh" (total_q, s_sink, h).
+        q: (total_q, h, d).
+        k, v: (total_k, h_kv, d), or with block_table pages (pages, page size, h_kv, d).
+        cu_seqlens_q, cu_seqlens_k: (documents + 1,) offsets on the device of q, int32 or int64.
+            They end at total_q and total_k. The host does not read CUDA offsets, as in
+            FlashAttention: nothing waits for the GPU. Rows behind the last document are
+            unspecified, as there. They contribute nothing to dsink. Keep what stands in them
+            finite (docs/troubleshooting.md).
+        max_seqlen_q, max_seqlen_k: at least the longest document. None reads it from the offsets,
+            which waits for the GPU once per tensor.
+        sink: (h,), (s_sink, h), or with sink_layout="ssh" (total_q, s_sink, h).
         alibi_slopes: fp32 (h,) or (documents, h).
-        block_table: int32 (documents, blocks): the pages of each document's keys; forward only, in
+        block_table: int32 (documents, blocks): the pages of each document's keys. Forward only, in
             the flash_attn package.
 
-    The others, the errors and the results are as in :func:`fa2_func_with_sink`; softmax_lse is (h,
-    total_q).
+    Other arguments, errors and results are as in :func:`fa2_func_with_sink`. softmax_lse is
+    (h, total_q).
     """
     check_sink_is_tensor(sink, sink_layout)
     params = _params(
@@ -144,12 +142,16 @@ def fa2_qkvpacked_func_with_sink(
     deterministic: bool = False,
     return_attn_probs: bool = False,
 ) -> _Result:
-    """``flash_attn_qkvpacked_func`` of FlashAttention-2 with learnable sinks, for qkv (b, s, 3, h,
-    d).
+    """``flash_attn_qkvpacked_func`` of FlashAttention-2 with learnable sinks.
 
-    sink is (s_sink, h), or with sink_layout="ssh" (b, s, s_sink, h). The backward writes dqkv where
-    it belongs (PyTorch's own kernels allocate their gradients, which then cost a copy). All else is
-    as in :func:`fa2_func_with_sink`.
+    The backward writes dqkv in one piece in the flash_attn package. PyTorch's own operator
+    allocates its gradients, which costs a copy.
+
+    Args:
+        qkv: (b, s, 3, h, d).
+        sink: (h,), (s_sink, h), or with sink_layout="ssh" (b, s, s_sink, h).
+
+    Other arguments, errors and results are as in :func:`fa2_func_with_sink`.
     """
     check_packed("qkv", qkv, 5, "(batch, seqlen, 3, heads, head_dim)", 3)
     check_sink_is_tensor(sink, sink_layout)
@@ -181,11 +183,15 @@ def fa2_kvpacked_func_with_sink(
     deterministic: bool = False,
     return_attn_probs: bool = False,
 ) -> _Result:
-    """``flash_attn_kvpacked_func`` of FlashAttention-2 with learnable sinks, for q (b, sq, h, d)
-    and kv (b, sk, 2, h_kv, d).
+    """``flash_attn_kvpacked_func`` of FlashAttention-2 with learnable sinks.
 
-    The backward writes dkv where it belongs (PyTorch's own kernels allocate their gradients, which
-    then cost a copy). All else is as in :func:`fa2_func_with_sink`.
+    dkv is written as dqkv is in :func:`fa2_qkvpacked_func_with_sink`.
+
+    Args:
+        q: (b, sq, h, d).
+        kv: (b, sk, 2, h_kv, d).
+
+    Other arguments, errors and results are as in :func:`fa2_func_with_sink`.
     """
     check_packed("kv", kv, 5, "(batch, seqlen, 2, heads_kv, head_dim)", 2)
     check_sink_is_tensor(sink, sink_layout)
@@ -211,12 +217,14 @@ def fa2_varlen_qkvpacked_func_with_sink(
     deterministic: bool = False,
     return_attn_probs: bool = False,
 ) -> _Result:
-    """``flash_attn_varlen_qkvpacked_func`` of FlashAttention-2 with learnable sinks, for qkv
-    (total, 3, h, d).
+    """``flash_attn_varlen_qkvpacked_func`` of FlashAttention-2 with learnable sinks.
 
-    cu_seqlens and max_seqlen are those of queries and keys; sink is (s_sink, h), or with
-    sink_layout="ssh" (total, s_sink, h). dqkv is as in :func:`fa2_qkvpacked_func_with_sink`, all
-    else as in :func:`fa2_varlen_func_with_sink`.
+    Args:
+        qkv: (total, 3, h, d).
+        cu_seqlens, max_seqlen: those of queries and keys.
+        sink: (h,), (s_sink, h), or with sink_layout="ssh" (total, s_sink, h).
+
+    Other arguments, errors and results are as in :func:`fa2_varlen_func_with_sink`.
     """
     check_packed("qkv", qkv, 4, "(total, 3, heads, head_dim)", 3)
     check_sink_is_tensor(sink, sink_layout)
@@ -255,8 +263,11 @@ def fa2_varlen_kvpacked_func_with_sink(
 ) -> _Result:
     """``flash_attn_varlen_kvpacked_func`` of FlashAttention-2 with learnable sinks.
 
-    q is (total_q, h, d) and kv (total_k, 2, h_kv, d). dkv is as in
-    :func:`fa2_kvpacked_func_with_sink`, all else as in :func:`fa2_varlen_func_with_sink`.
+    Args:
+        q: (total_q, h, d).
+        kv: (total_k, 2, h_kv, d).
+
+    Other arguments, errors and results are as in :func:`fa2_varlen_func_with_sink`.
     """
     check_packed("kv", kv, 4, "(total, 2, heads_kv, head_dim)", 2)
     check_sink_is_tensor(sink, sink_layout)
@@ -344,8 +355,9 @@ def _run_varlen(
 
 
 def _padded(inputs: Sequence[Tensor]) -> tuple[Sequence[Tensor], int | None]:
-    """inputs with head_dim padded with zeros to a multiple of 8, as FlashAttention-2's functions
-    do; and head_dim if it was.
+    """inputs with head_dim padded with zeros to a multiple of 8, and head_dim if it was padded.
+
+    FlashAttention-2's functions do so.
     """
     head_dim = (
         inputs[0].shape[-1]

@@ -1,8 +1,8 @@
 """FlashAttention-3's public functions with ``sink`` and ``sink_layout`` right after the tensors.
 
-They run on FlashAttention-3, on a Hopper GPU; on CPU tensors they run on this package's cpu
-backend. Where FlashAttention-3 is missing they raise, unless :func:`magi_sink_cp.set_fallback`
-allows the next backend.
+They run on FlashAttention-3, on a Hopper GPU; on CPU tensors on the cpu backend. Where
+FlashAttention-3 is missing they raise, unless :func:`magi_sink_cp.set_fallback` allows the next
+backend.
 """
 
 from __future__ import annotations
@@ -36,31 +36,33 @@ def fa3_func_with_sink(
     sm_margin: int = 0,
     return_attn_probs: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor]:
-    """``flash_attn_func`` of FlashAttention-3 with learnable sinks; differentiable in q, k, v and
-    sink.
+    """``flash_attn_func`` of FlashAttention-3 with learnable sinks.
 
-    For row i and head h, with scores S_ij over the visible keys and sink logits z: out_i = Σ_j
-        exp(S_ij - lse_i) v_j with
-    lse_i = log(Σ_j exp S_ij + Σ_s exp z_s), natural log (the sinks of gpt-oss).
+    For row i and head h, with scores S_ij over the visible keys and sink logits z (natural log, the
+    sinks of gpt-oss):
+
+        out_i = Σ_j exp(S_ij - lse_i) v_j,    lse_i = log(Σ_j exp S_ij + Σ_s exp z_s)
+
+    Differentiable once, in q, k, v and sink.
 
     Args:
-        q: (b, sq, h, d), fp16 or bf16; fp8 e4m3 in a forward without gradients. On the CPU fp32 and
-            fp64 too.
+        q: (b, sq, h, d), fp16 or bf16; fp8 e4m3 in a forward without gradients. On the CPU also
+            fp32 and fp64.
         k: (b, sk, h_kv, d); h_kv divides h.
-        v: (b, sk, h_kv, d_v); the kernels decide which d_v other than d they have.
-        sink: logits, fp32 (bf16 and fp16 are computed in fp32), (s_sink, h) or per row (b, sq,
-            s_sink, h). None: plain attention.
-        sink_layout: "sh" or "ssh", the two shapes of sink.
-        softmax_scale: factor on the scores, default d^-1/2, with qv (d + d_v)^-1/2.
+        v: (b, sk, h_kv, d_v). The kernels decide which d_v other than d they have.
+        sink: logits, fp32 (bf16 and fp16 are computed in fp32): (h,), (s_sink, h), or with
+            sink_layout="ssh" per row, (b, sq, s_sink, h). None is plain attention.
+        sink_layout: "sh" (shared by all rows) or "ssh" (a sink per row).
+        softmax_scale: factor on the scores; None is d^-1/2, with qv (d + d_v)^-1/2.
         causal: mask aligned to the bottom right: row i sees keys up to i + sk - sq.
-        qv: (b, sq, h, d_v), adds qv·v to the scores; forward only.
-        q_descale, k_descale, v_descale: fp32 (b, h_kv), factors on fp8 q, k and v; forward only.
-        window_size: (left, right) tokens seen around i + sk - sq; -1 is unlimited; causal makes
-            right 0.
-        attention_chunk: row i sees keys of its own chunk of this many keys; 0 is off; forward only.
+        qv: (b, sq, h, d_v), adds qv·v to the scores. Forward only.
+        q_descale, k_descale, v_descale: fp32 (b, h_kv), factors on fp8 q, k and v. Forward only.
+        window_size: (left, right) tokens seen around i + sk - sq; -1 or None is unlimited. causal
+            sets right to 0. 128 keys, the query's own included, are (127, 0).
+        attention_chunk: row i sees keys of its own chunk of this many keys; 0 is off. Forward only.
         softcap: scores become softcap · tanh(scores / softcap); 0 is off.
-        num_splits, pack_gqa, sm_margin: the kernel's division of work, as in FlashAttention-3
-            (sm_margin in SMs).
+        num_splits, pack_gqa, sm_margin: how the kernel divides its work, as in FlashAttention-3
+            (sm_margin in SMs). They have no effect on CPU tensors.
         deterministic: the backward gives the same bits in every run.
         return_attn_probs: also return softmax_lse.
 
@@ -69,8 +71,9 @@ def fa3_func_with_sink(
         fp32 (b, h, sq), the sink included. A gradient that reaches softmax_lse is exact.
 
     Raises:
-        TypeError, ValueError: before any kernel runs: an invalid argument, something the kernels
-            cannot do, or no FlashAttention-3.
+        TypeError, ValueError: an argument is invalid, the kernels cannot do what is asked, or there
+            is no FlashAttention-3. Raised before any kernel runs.
+        RuntimeError: in backward, a second derivative is asked for.
     """
     check_sink_is_tensor(sink, sink_layout)
     head_dim = _scale_dim(q, v, qv)
@@ -113,24 +116,28 @@ def fa3_varlen_func_with_sink(
     sm_margin: int = 0,
     return_attn_probs: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor]:
-    """``flash_attn_varlen_func`` of FlashAttention-3 with learnable sinks: packed documents, which
-    do not see each other.
+    """``flash_attn_varlen_func`` of FlashAttention-3 with learnable sinks.
+
+    Documents are packed, and do not see each other.
 
     Args:
-        q: (total_q, h, d); k: (total_k, h_kv, d); v: (total_k, h_kv, d_v).
-        cu_seqlens_q, cu_seqlens_k: int32 (documents + 1,) offsets, on the device of q. They end at
-            total_q and total_k. CUDA offsets are not read by the host, as in FlashAttention:
-            nothing here waits for the GPU. Rows behind the last document are unspecified, as there;
-            with a sink they count as rows without a key, so that dsink is right.
-        max_seqlen_q, max_seqlen_k: longest document, at least. None reads it from the offsets (on a
-            GPU this waits once a tensor).
-        sink: (s_sink, h), or with sink_layout="ssh" (total_q, s_sink, h).
+        q: (total_q, h, d).
+        k, v: (total_k, h_kv, d) and (total_k, h_kv, d_v).
+        cu_seqlens_q, cu_seqlens_k: (documents + 1,) offsets on the device of q, int32 or int64.
+            They end at total_q and total_k. The host does not read CUDA offsets, as in
+            FlashAttention: nothing waits for the GPU. Rows behind the last document are
+            unspecified, as there. They contribute nothing to dsink. Keep what stands in them
+            finite (docs/troubleshooting.md).
+        max_seqlen_q, max_seqlen_k: at least the longest document. None reads it from the offsets,
+            which waits for the GPU once per tensor.
+        sink: (h,), (s_sink, h), or with sink_layout="ssh" (total_q, s_sink, h).
         seqused_q, seqused_k: int32 (documents,): only so many rows and keys of each document exist.
             In other rows out is 0 and lse is the sinks' alone. They contribute to no gradient,
             whatever stands in them.
-        qv: (total_q, h, d_v). q_descale, k_descale, v_descale: fp32 (documents, h_kv).
+        qv: (total_q, h, d_v).
+        q_descale, k_descale, v_descale: fp32 (documents, h_kv).
 
-    The others, the errors and out (total_q, h, d_v) are as in :func:`fa3_func_with_sink`;
+    Other arguments, errors and out (total_q, h, d_v) are as in :func:`fa3_func_with_sink`.
     softmax_lse is fp32 (h, total_q).
     """
     check_sink_is_tensor(sink, sink_layout)
@@ -172,15 +179,16 @@ def fa3_qkvpacked_func_with_sink(
     sm_margin: int = 0,
     return_attn_probs: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor]:
-    """``flash_attn_qkvpacked_func`` of FlashAttention-3 with learnable sinks. The backward writes
-    dqkv where it belongs.
+    """``flash_attn_qkvpacked_func`` of FlashAttention-3 with learnable sinks.
+
+    The backward writes dqkv in one piece.
 
     Args:
         qkv: (b, s, 3, h, d), or (b, s, num_heads_q + 2 h_kv, d) with num_heads_q given.
         num_heads_q: query heads of a 4-dimensional qkv; None for a 5-dimensional one.
-        sink: (s_sink, h), or with sink_layout="ssh" (b, s, s_sink, h).
+        sink: (h,), (s_sink, h), or with sink_layout="ssh" (b, s, s_sink, h).
 
-    The others, the errors and the results are as in :func:`fa3_func_with_sink`.
+    Other arguments, errors and results are as in :func:`fa3_func_with_sink`.
     """
     check_sink_is_tensor(sink, sink_layout)
     if not isinstance(qkv, Tensor):

@@ -1,10 +1,9 @@
-"""FlashAttention-4's public functions with ``sink`` and ``sink_layout`` right after the tensors
-(and lengths).
+"""FlashAttention-4's public functions with ``sink`` and ``sink_layout``.
 
-They run on FlashAttention-4 (package flash-attn-4), on a Hopper or Blackwell GPU; on CPU tensors
-they run on this package's cpu backend. Where FlashAttention-4 is missing they raise, unless
-:func:`magi_sink_cp.set_fallback` allows the next backend. One sink a head, shared by the rows, runs
-in FlashAttention-4's own kernels; more sinks, or sinks per row, take this package's correction.
+These come right after the tensors (and lengths). The functions run on FlashAttention-4, on a Hopper
+or Blackwell GPU; on CPU tensors on the cpu backend. Where FlashAttention-4 is missing they raise,
+unless :func:`magi_sink_cp.set_fallback` allows the next backend. One sink per head that all rows
+share runs in FlashAttention-4's own kernels. More sinks, or sinks per row, take our correction.
 """
 
 from __future__ import annotations
@@ -50,35 +49,36 @@ def fa4_func_with_sink(
     *,
     return_attn_probs: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor]:
-    """``flash_attn_func`` of FlashAttention-4 with learnable sinks; differentiable in q, k, v and
-    the sinks.
+    """``flash_attn_func`` of FlashAttention-4 with learnable sinks.
 
-    For row i and head h, with scores S_ij over the visible keys and sink logits z: out_i = Σ_j
-        exp(S_ij - lse_i) v_j with
-    lse_i = log(Σ_j exp S_ij + Σ_s exp z_s), natural log (the sinks of gpt-oss).
+    Unlike FlashAttention-4's function, it returns out alone unless lse is asked for.
+
+    For row i and head h, with scores S_ij over the visible keys and sink logits z (natural log, the
+    sinks of gpt-oss):
+
+        out_i = Σ_j exp(S_ij - lse_i) v_j,    lse_i = log(Σ_j exp S_ij + Σ_s exp z_s)
+
+    Differentiable once, in q, k, v and the sinks.
 
     Args:
-        q: (b, sq, h, d), fp16 or bf16 (on the CPU fp32 and fp64 too). On Hopper d is 64, 96, 128,
+        q: (b, sq, h, d), fp16 or bf16 (on the CPU also fp32 and fp64). On Hopper d is 64, 96, 128,
             192 or 256.
         k, v: (b, sk, h_kv, d); h_kv divides h.
-        sink: logits, fp32 (bf16 and fp16 are computed in fp32), (s_sink, h) or per row (b, sq,
-            s_sink, h). None: plain attention.
-        sink_layout: "sh" or "ssh", the two shapes of sink.
-        softmax_scale: factor on the scores, default d^-1/2.
+        sink: logits, fp32 (bf16 and fp16 are computed in fp32): (h,), (s_sink, h), or with
+            sink_layout="ssh" per row, (b, sq, s_sink, h). None is plain attention.
+        sink_layout: "sh" (shared by all rows) or "ssh" (a sink per row).
+        softmax_scale: factor on the scores; None is d^-1/2.
         causal: mask aligned to the bottom right: row i sees keys up to i + sk - sq.
-        window_size: (left, right) tokens seen around i + sk - sq; None is unlimited, and so is
-            (-1, -1). Other negative limits are refused. causal sets right to 0.
-        learnable_sink: (h,), FlashAttention-4's own name for one sink a head: the same as
-            sink=learnable_sink[None].
+        window_size: (left, right) tokens seen around i + sk - sq. None is unlimited, and so is
+            (-1, -1); other negative limits raise. causal sets right to 0.
+        learnable_sink: (h,), FlashAttention-4's own name for one sink per head.
         softcap: scores become softcap · tanh(scores / softcap); 0 is off.
-        num_splits, pack_gqa: the kernel's division of work, as in FlashAttention-4.
+        num_splits, pack_gqa: how the kernel divides its work, as in FlashAttention-4.
         deterministic: the backward gives the same bits in every run.
-        qv, gather_kv_indices, score_mod, score_mod_bwd, mask_mod, aux_tensors, aux_scalars,
-        block_sparse_tensors,
-            block_sparse_tensors_bwd, gather_bwd_recompute_p, gather_bwd_token_chunk:
-                FlashAttention-4's other masks and
-            scores, which must stay None (or False) here.
-        return_lse, return_attn_probs: either also returns lse.
+        return_lse, return_attn_probs: either one also returns lse.
+        qv, gather_kv_indices, score_mod, score_mod_bwd, mask_mod: must stay None.
+        aux_tensors, aux_scalars, block_sparse_tensors, block_sparse_tensors_bwd: must stay None.
+        gather_bwd_recompute_p, gather_bwd_token_chunk: must stay False and None.
 
     Returns:
         out like q, or (out, lse) with lse fp32 (b, h, sq), the sink included. A gradient that
@@ -86,8 +86,9 @@ def fa4_func_with_sink(
 
     Raises:
         NotImplementedError: an argument that must stay None.
-        TypeError, ValueError: before any kernel runs: an invalid argument, something the kernels
-            cannot do, or no FlashAttention-4.
+        TypeError, ValueError: an argument is invalid, the kernels cannot do what is asked, or there
+            is no FlashAttention-4. Raised before any kernel runs.
+        RuntimeError: in backward, a second derivative is asked for.
     """
     refuse(
         qv=qv, gather_kv_indices=gather_kv_indices, score_mod=score_mod,
@@ -146,24 +147,31 @@ def fa4_varlen_func_with_sink(
     *,
     return_attn_probs: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor]:
-    """``flash_attn_varlen_func`` of FlashAttention-4 with learnable sinks: packed documents, which
-    do not see each other.
+    """``flash_attn_varlen_func`` of FlashAttention-4 with learnable sinks.
+
+    Documents are packed, and do not see each other. FlashAttention-4 has qv before the lengths;
+    here it stands behind the sink.
 
     Args:
-        q: (total_q, h, d); k, v: (total_k, h_kv, d).
-        cu_seqlens_q, cu_seqlens_k: int32 (documents + 1,) offsets, on the device of q. They end at
-            total_q and total_k. CUDA offsets are not read by the host, as in FlashAttention.
-        max_seqlen_q, max_seqlen_k: longest document, at least. None reads it from the offsets (on a
-            GPU this waits once a tensor).
-        sink: (s_sink, h), or with sink_layout="ssh" (total_q, s_sink, h).
-        qv, min_seqlen_k, seqused_q, seqused_k, gather_kv_indices, page_table, score_mod,
-        score_mod_bwd, mask_mod,
-            block_sparse_tensors, aux_tensors, aux_scalars, scheduler_metadata, seqlen_k_per_split,
-            disable_scheduler_metadata, gather_bwd_recompute_p, gather_bwd_token_chunk:
-            FlashAttention-4's, which must stay None (or False) here.
+        q: (total_q, h, d).
+        k, v: (total_k, h_kv, d).
+        cu_seqlens_q, cu_seqlens_k: (documents + 1,) offsets on the device of q, int32 or int64.
+            They end at total_q and total_k. The host does not read CUDA offsets, as in
+            FlashAttention: nothing waits for the GPU. Rows behind the last document are
+            unspecified, as there. They contribute nothing to dsink. Keep what stands in them
+            finite (docs/troubleshooting.md).
+        max_seqlen_q, max_seqlen_k: at least the longest document. None reads it from the offsets,
+            which waits for the GPU once per tensor.
+        sink: (h,), (s_sink, h), or with sink_layout="ssh" (total_q, s_sink, h).
+        seqused_q, seqused_k: as in :func:`magi_sink_cp.fa3_varlen_func_with_sink`.
+        qv, min_seqlen_k, gather_kv_indices, page_table: must stay None.
+        score_mod, score_mod_bwd, mask_mod, aux_tensors, aux_scalars: must stay None.
+        block_sparse_tensors, scheduler_metadata, seqlen_k_per_split: must stay None.
+        disable_scheduler_metadata, gather_bwd_recompute_p: must stay False.
+        gather_bwd_token_chunk: must stay None.
 
-    The others, the errors and out (total_q, h, d) are as in :func:`fa4_func_with_sink`; lse is fp32
-    (h, total_q).
+    Other arguments, errors and out (total_q, h, d) are as in :func:`fa4_func_with_sink`. lse is
+    fp32 (h, total_q).
     """
     refuse(
         qv=qv, min_seqlen_k=min_seqlen_k, gather_kv_indices=gather_kv_indices,

@@ -1,11 +1,11 @@
-"""Add rows of several tensors into one, rounding once: a Triton kernel, and its torch twin for CPU
-tensors.
+"""Add rows of several tensors into one, rounding once.
 
-    out[i] = Σ over terms whose rows hold i of term[i]        in fp32 (fp64 for fp64), in the order
-    of the terms
+One Triton kernel, and its torch twin for CPU tensors:
 
-This is how gradients that were computed in several places come together: each is read once, the sum
-    is written once.
+    out[i] = Σ over terms that have row i of term[i]        in fp32 (fp64 for fp64), in order
+
+Gradients that were computed in several places come together here: each is read once, and the sum
+is written once.
 """
 
 from __future__ import annotations
@@ -34,8 +34,9 @@ MAX_TERMS = 8
 
 @dataclass(frozen=True)
 class Term:
-    """Rows ``first … first + stop - start`` of ``tensor`` (rows, …), each row dense, for the
-    rows ``start … stop`` of the sum.
+    """Rows ``first …`` of ``tensor`` (rows, …) for the rows ``start … stop`` of the sum.
+
+    Each row is dense.
     """
 
     tensor: Tensor

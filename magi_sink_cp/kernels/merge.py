@@ -1,14 +1,13 @@
-"""Merge partial attention results and add the sink, once: one Triton kernel, and its torch twin for
-CPU tensors.
+"""Merge partial attention results and add the sink, once.
 
-For partials A of disjoint key sets and sink logits z_j (``sh``: (s_sink, H), shared by the rows;
-``ssh``: a logit per row):
+One Triton kernel, and its torch twin for CPU tensors. For partials A of disjoint key sets and sink
+logits z_j ("sh": (s_sink, H), shared by the rows; "ssh": logits per row):
 
     lse = log(Σ_A exp lse_A + Σ_j exp z_j),    out = Σ_A exp(lse_A - lse) · out_A
 
-The maximum over every term, the sink included, is taken before any exp. With one partial this is
-the single-device sink correction: one read and one write of out. A row that no partial covers, or
-that saw no key, has out = 0.
+The maximum over all terms, the sink included, is taken before any exp. With one partial this is the
+sink correction of one device: one read and one write of out. A row that no partial covers, or that
+saw no key, has out = 0.
 """
 
 from __future__ import annotations

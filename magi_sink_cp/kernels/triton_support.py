@@ -1,5 +1,4 @@
-"""Triton where it is installed; without it the module still imports, and only launching a kernel
-raises.
+"""Triton where it is installed. Without it the module imports, and launching a kernel raises.
 
 A CPU-only machine need not have Triton: there the torch twins run.
 """
@@ -59,11 +58,11 @@ _NOTHING = contextlib.nullcontext()
 
 
 class Launcher:
-    """Launches a Triton kernel; for a kind of call that was seen before without Triton's own
-    look-up, which costs 15 µs.
+    """Launches a Triton kernel, and remembers what was compiled for each kind of call.
 
-    A call's kind must settle all that Triton compiles for: ``kind`` and what :func:`pointer` says
-    of every tensor.
+    Triton's own look-up takes 12 µs of the host in each launch (docs/benchmarks.md). A call's kind
+    must settle everything that Triton compiles for: ``kind``, and what :func:`pointer` says of
+    every tensor.
     """
 
     def __init__(self, kernel: Any) -> None:
@@ -93,9 +92,10 @@ def pointer(x: Tensor | None) -> tuple[torch.dtype, bool] | None:
 
 
 def unspecial(value: int) -> int:
-    """An int in a tuple argument that Triton compiles nothing special for, as it does for 1 and
-    multiples of 16 (also where do_not_specialize names the tuple): in the kernel, shift it right by
-    4.
+    """Encode an int in a tuple argument so that Triton does not specialise on it.
+
+    Triton specialises 1 and multiples of 16, also where do_not_specialize names the tuple. Decode
+    in the kernel with ``>> 4``.
     """
     return 16 * value + 3
 

@@ -133,11 +133,10 @@ def attention(
 
 
 def is_watched(tensors: Sequence[Tensor | None]) -> bool:
-    """Whether a compiler, a dispatch mode, a tensor subclass or a meta tensor must see the
-    operator.
+    """Whether something must see the operator: a compiler, a dispatch mode, a tensor subclass.
 
-    If none must, its implementation is called directly: the dispatcher takes 15 µs to hand 25
-    arguments from Python to Python (docs/benchmarks.md).
+    If not, its implementation is called directly: the dispatcher takes 15 µs to hand 25 arguments
+    from Python to Python.
     """
     if torch.compiler.is_compiling() or is_in_torch_dispatch_mode():
         return True

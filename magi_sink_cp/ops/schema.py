@@ -1,6 +1,4 @@
-"""Operator schemas derived from the NamedTuples that list a call's fields, so that each list
-exists once.
-"""
+"""Operator schemas, derived from the NamedTuples that list a call's fields."""
 
 from __future__ import annotations
 

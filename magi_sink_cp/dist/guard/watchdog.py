@@ -44,9 +44,7 @@ ON_HANG = ("abort", "log", "off")
 
 @dataclass(eq=False)
 class _Watched:
-    """A cp group's communication backend, what to do when it hangs, and whether an error was
-    reported.
-    """
+    """A cp group's backend, what to do when it hangs, and whether an error was reported."""
 
     backend: object
     on_hang: str = "abort"

@@ -252,9 +252,7 @@ class _ComingHome:
         dk: GradientSum,
         dv: GradientSum,
     ) -> None:
-        """Send the stage's sums home, and add to dk and dv what they hold of the rank's own
-        keys.
-        """
+        """Send the stage's sums home, and add to dk and dv what they hold of own keys."""
         self._stage, self._sums = stage, (dk, dv)
         totals = [total.result() for total in stage_sums]
         self._transfer = flight.start(totals, stage.reduce)

@@ -20,10 +20,10 @@ Own = Sequence[tuple[Range, Range]]
 
 
 class Transfer(ABC):
-    """Messages in flight and the buffers that they fill, one for each tensor sent: (buffer tokens,
-    …).
+    """Messages in flight, and the buffers that they fill: one for each tensor that is sent.
 
-    The sent tensors must be left alone until :meth:`release` has returned.
+    A buffer is (buffer tokens, …). The sent tensors must be left alone until :meth:`release` has
+    returned.
     """
 
     def __init__(self, exchange: Exchange, buffers: list[Tensor]) -> None:
@@ -32,11 +32,10 @@ class Transfer(ABC):
         self._waited = self._released = False
 
     def wait(self) -> None:
-        """Make the current stream (on GPUs) or this thread (on CPUs) wait until the buffers are
-        full.
+        """Make the current stream (on GPUs) or this thread (on CPUs) wait for the buffers.
 
         Raises:
-            RuntimeError: called twice, or the messages failed; the text names operation, stage and
+            RuntimeError: called twice, or the messages failed. The text names operation, stage and
                 ranks.
         """
         if self._waited:

@@ -1,12 +1,11 @@
-"""The ``cpu`` backend: exact attention in torch operations, any float dtype, never a full score
-matrix.
+"""The ``cpu`` backend: exact attention in torch operations, without a full score matrix.
 
 Full and causal fp32 documents run on PyTorch's own CPU flash kernels, which return lse and take a
-third of the time (docs/benchmarks.md). In bf16 those take three times as long, and they have
-neither windows nor a gradient of lse: all else runs tile by tile.
+third of the time. In bf16 those take three times as long, and they have neither windows nor a
+gradient of lse: all else runs tile by tile.
 
-Letters in a document: T query rows, K keys, G = H / H_kv query heads per key head. A tile is R rows
-× C keys.
+Letters in a document: T query rows, K keys, G = H / H_kv query heads per key head. A tile is R
+rows × C keys.
 """
 
 from __future__ import annotations
@@ -246,9 +245,7 @@ def _tiles(
 
 
 def _hidden(rows: slice, keys: slice, shift: int, window_size: tuple[int, int]) -> Tensor | None:
-    """Boolean (R, C) mask of the pairs that the window hides, or None if it hides none of this
-    tile.
-    """
+    """Boolean (R, C): the pairs that the window hides; None if it hides none of this tile."""
     left, right = window_size
     sees_left = left < 0 or keys.start >= rows.stop - 1 + shift - left
     sees_right = right < 0 or keys.stop - 1 <= rows.start + shift + right
@@ -279,9 +276,7 @@ def _ungroup_rows(x: Tensor, rows: int) -> Tensor:
 def _scores(
     q: Tensor, k: Tensor, params: AttentionParams, hidden: Tensor | None
 ) -> tuple[Tensor, Tensor | None]:
-    """Masked scores (H_kv, G·R, C), and the softcap's derivative at them (None without a
-    softcap).
-    """
+    """Masked scores (H_kv, G·R, C), and the softcap's derivative at them, or None without one."""
     scores = (q @ k.transpose(-1, -2)).mul_(params.softmax_scale)
     slope = None
     if params.softcap > 0:
@@ -348,7 +343,8 @@ def _backward_document(
 
 
 def _finite(lse: Tensor) -> Tensor:
-    """lse with -inf (a row without a visible key, whose scores are all -inf) replaced by 0, so
-    that exp gives 0 there.
+    """lse with 0 in place of -inf.
+
+    A row without a visible key has scores of -inf, so exp(S - lse) is then 0.
     """
     return lse.masked_fill(lse == float("-inf"), 0.0)

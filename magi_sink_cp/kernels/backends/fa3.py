@@ -1,9 +1,7 @@
-"""The ``fa3`` backend: FlashAttention-3 for Hopper, from whichever package of this environment
-holds it.
+"""The ``fa3`` backend: FlashAttention-3 for Hopper, from whichever package holds it.
 
-Sources, in order: operators that something has already registered, the official ``flash_attn_3``
-    package or its module
-``flash_attn_interface``, and the extension inside xformers >= 0.0.34
+Sources, in order: operators that something has already registered; the official ``flash_attn_3``
+package or its module ``flash_attn_interface``; the extension inside xformers >= 0.0.34
 (``xformers/flash_attn_3/_C.so``, loaded without importing xformers).
 """
 
@@ -74,11 +72,13 @@ _SOFTMAX_D_INDEX = {8: 3, 5: 0}
 
 @dataclass(frozen=True)
 class _Library:
-    """The loaded operators. softmax_d_index is where delta stands among the tensors that bwd
-    returns.
+    """The loaded operators.
 
-    is_whole: softcap and fp8 were compiled in, which xformers leaves out. qv_name: builds call the
-        argument ``q_v`` or ``qv``.
+    Attributes:
+        source: where they come from.
+        softmax_d_index: where delta stands among the tensors that bwd returns.
+        is_whole: softcap and fp8 were compiled in. xformers leaves them out.
+        qv_name: builds call the argument ``q_v`` or ``qv``.
     """
 
     source: str
@@ -251,11 +251,10 @@ def _row_delta(
     varlen: Varlen | None,
     all_head_dims: bool,
 ) -> RowDelta | None:
-    """softmax_d with its layout, or None if its padding may be another than we think (delta is then
-    computed from out).
+    """softmax_d with its layout, or None if that is uncertain: delta is then computed from out.
 
-    A build may leave out head_dims, and pad with the block of a larger one; its size tells, unless
-    two blocks have the same.
+    A build may leave out head_dims, and pad with the block of a larger one. The size of softmax_d
+    tells which, unless two blocks give the same size.
     """
     if varlen is None:
         return RowDelta(softmax_d, q.shape[1])
@@ -270,8 +269,9 @@ def _row_delta(
 def backward_block(
     head_dim: int, max_seqlen_q: int, max_seqlen_k: int, params: AttentionParams
 ) -> int:
-    """Query rows a block of FA3's sm_90 backward, to whose multiples softmax_d pads each
-    document (hopper/flash_api.cpp).
+    """Query rows per block of FA3's sm_90 backward (hopper/flash_api.cpp).
+
+    softmax_d pads each document to multiples of it.
     """
     left, right = params.window_size
     left = -1 if left >= max_seqlen_k - 1 else left
@@ -286,9 +286,7 @@ def backward_block(
 
 @functools.cache
 def _library() -> _Library:
-    """Find and load the operators once a process, or raise NotUsableError with every place that
-    was tried.
-    """
+    """Find and load the operators once; NotUsableError names every place that was tried."""
     source, is_whole = _load()
     forward, backward = torch.ops.flash_attn_3.fwd, torch.ops.flash_attn_3.bwd
     for operator, needed in ((forward, _FORWARD_ARGUMENTS), (backward, _BACKWARD_ARGUMENTS)):
@@ -362,8 +360,9 @@ def _registered() -> bool:
 
 
 def _preload_cuda_runtime_12() -> None:
-    """Load libcudart.so.12, which xformers' extension links to, from nvidia-cuda-runtime-cu12 if
-    that is installed.
+    """Load libcudart.so.12, which xformers' extension links to.
+
+    nvidia-cuda-runtime-cu12 has it.
     """
     for folder in sys.path:
         runtime = Path(folder) / "nvidia" / "cuda_runtime" / "lib" / "libcudart.so.12"

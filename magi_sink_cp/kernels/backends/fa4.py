@@ -1,9 +1,8 @@
-"""The ``fa4`` backend: FlashAttention-4 (package flash-attn-4, module flash_attn.cute) for Hopper
-and Blackwell.
+"""The ``fa4`` backend: FlashAttention-4 (package flash-attn-4, module flash_attn.cute).
 
-Its kernels know one sink a head, forward, backward and with a gradient of lse, at no measurable
-cost. They are compiled at first use, some seconds for each new combination of dtype, head_dim and
-mask.
+It runs on Hopper and Blackwell. Its kernels add one sink per head, forward and backward, at no
+measurable cost. They are compiled at first use: some seconds for each new combination of dtype,
+head_dim and mask.
 """
 
 from __future__ import annotations
@@ -45,8 +44,9 @@ class _Library:
 
 
 class Fa4Backend(FlashBackend):
-    """flash_attn.cute's forward and backward, which take a gradient of lse and one sink a head
-    themselves.
+    """flash_attn.cute's forward and backward.
+
+    They take a gradient of lse, and one sink per head, themselves.
     """
 
     name = "fa4"
