@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import threading
 from typing import Any
 
 import torch
@@ -107,8 +108,38 @@ def missing_nvlink() -> str | None:
     return f"GPU {bus} has no active NVLink"
 
 
-@functools.cache
+_of_thread = threading.local()
+
+
 def _driver() -> Any:
+    """The driver, with the current GPU's context bound to this thread.
+
+    autograd's threads may have none yet: CUDA's runtime binds it at its first call, and the driver
+    never does.
+    """
+    try:
+        return _of_thread.driver
+    except AttributeError:
+        driver = _load()
+        _bind_context(driver)
+        _of_thread.driver = driver
+        return driver
+
+
+def _bind_context(driver: Any) -> None:
+    result = driver.cuCtxGetCurrent()
+    _check(result, "cuCtxGetCurrent")
+    if int(result[1]) != 0:
+        return
+    result = driver.cuDeviceGet(torch.cuda.current_device())
+    _check(result, "cuDeviceGet")
+    result = driver.cuDevicePrimaryCtxRetain(result[1])
+    _check(result, "cuDevicePrimaryCtxRetain")
+    _check(driver.cuCtxSetCurrent(result[1]), "cuCtxSetCurrent")
+
+
+@functools.cache
+def _load() -> Any:
     if torch.version.hip is not None or not torch.cuda.is_available():
         raise NotUsableError("torch sees no CUDA GPU")
     try:

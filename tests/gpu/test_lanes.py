@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import random
+import threading
 from collections.abc import Callable, Iterator
 from unittest import mock
 
@@ -11,6 +12,7 @@ import pytest
 import torch
 
 from magi_sink_cp import backends, cp_attention_with_sink, make_cp_plan
+from magi_sink_cp.dist import driver
 from magi_sink_cp.dist.methods import ring
 from magi_sink_cp.dist.methods.lanes import Lanes, TwoLanes
 from magi_sink_cp.dist.planning import cost
@@ -131,6 +133,15 @@ def test_two_lanes_change_nothing(many_calls, backend, sink_layout, window_size)
         )
 
     assert check_lanes(leaves, step) == 20, "a pass ran on one stream"
+
+
+def test_a_thread_that_has_not_called_cuda(many_calls):
+    """A backward may be the first CUDA call of autograd's thread; the driver needs a context."""
+    made: list[int] = []
+    thread = threading.Thread(target=lambda: made.append(driver.new_stream()))
+    thread.start()
+    thread.join()
+    assert len(made) == 1
 
 
 def test_a_graph_holds_both_lanes(many_calls):

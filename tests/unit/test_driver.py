@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import sys
+import threading
 from types import SimpleNamespace
 
 import pytest
@@ -66,10 +67,32 @@ def test_nvlink_is_what_nvml_says(monkeypatch, active_links, more, reason):
 def test_without_cuda_bindings_the_reason_says_how_to_get_them(monkeypatch):
     monkeypatch.setattr(driver.torch.cuda, "is_available", lambda: True)
     monkeypatch.setitem(sys.modules, "cuda.bindings", None)
-    driver._driver.cache_clear()
+    driver._load.cache_clear()
     with pytest.raises(NotUsableError, match="pip install cuda-bindings"):
         driver.check_available()
-    driver._driver.cache_clear()
+    driver._load.cache_clear()
+
+
+@pytest.mark.parametrize("has_context", [False, True])
+def test_a_thread_without_a_context_gets_the_gpus(monkeypatch, has_context):
+    """autograd's threads: a backward may be the first that calls the driver there."""
+    bound = []
+    cuda = SimpleNamespace(
+        cuCtxGetCurrent=lambda: (0, 99 if has_context else 0),
+        cuDeviceGet=lambda ordinal: (0, 10 + ordinal),
+        cuDevicePrimaryCtxRetain=lambda device: (0, 100 + device),
+        cuCtxSetCurrent=lambda context: (bound.append(context), (0,))[1],
+        cuStreamCreate=lambda flags: (0, 7),
+    )
+    monkeypatch.setattr(driver, "_load", lambda: cuda)
+    monkeypatch.setattr(driver.torch.cuda, "current_device", lambda: 1)
+    streams = []
+    for _ in range(2):
+        thread = threading.Thread(target=lambda: streams.append(driver.new_stream()))
+        thread.start()
+        thread.join()
+    assert streams == [7, 7]
+    assert bound == ([] if has_context else [111, 111])
 
 
 def test_a_failed_call_is_named(monkeypatch):
