@@ -65,9 +65,8 @@ class SinkAttention(nn.Module):
                 f"dsink_reduce must be one of {DSINK_REDUCTIONS}, got {dsink_reduce!r}"
             )
         check_backend_name(backend)
-        make_params(
-            1, softmax_scale, causal, window_size, softcap, deterministic
-        )  # raises here what does not depend on q
+        # Raises here what does not depend on q.
+        make_params(1, softmax_scale, causal, window_size, softcap, deterministic)
         self.init_std = as_float("init_std", init_std, zero_allowed=True)
         self.dsink_reduce = dsink_reduce
         self.options: dict[str, Any] = {
@@ -103,8 +102,9 @@ class SinkAttention(nn.Module):
         Args:
             q, k, v: as those functions take them.
             plan: of make_cp_plan.
-            cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k: packed documents, without a
-            plan. return_lse: also return lse.
+            cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k: packed documents; not beside a
+                plan.
+            return_lse: also return lse.
 
         Raises:
             ValueError: cu_seqlens or max_seqlen beside a plan, which already knows the documents.

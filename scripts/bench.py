@@ -3,8 +3,7 @@
     python scripts/bench.py kernel --out docs/benchmarks
     python scripts/bench.py functions --out docs/benchmarks
     python scripts/bench.py host --out docs/benchmarks
-    python scripts/bench.py dist --out docs/benchmarks       # starts one rank a GPU; or under
-    torchrun
+    python scripts/bench.py dist --out docs/benchmarks       # one rank a GPU; or under torchrun
 
 ``kernel``: attention_with_sink beside plain FlashAttention-3 and one read+write pass over out.
 ``functions``: forward+backward of the drop-in functions beside the same kernels without a sink;
@@ -454,9 +453,9 @@ print(time.perf_counter() - start)
 
 
 def first_call_rows() -> list[Row]:
-    """Seconds until the first forward and backward of a process are done.
+    """Seconds until a process's first forward and backward are done.
 
-    Without a sink, with an empty and with a filled cache.
+    Rows: without a sink; with a sink and an empty cache of kernels; with a filled one.
     """
     rows: list[Row] = []
     with tempfile.TemporaryDirectory() as cache:

@@ -10,11 +10,13 @@ from __future__ import annotations
 
 import argparse
 import collections
+import contextlib
 import csv
 import functools
 import importlib
 import importlib.util
 import itertools
+import math
 import os
 import random
 import statistics
@@ -22,6 +24,7 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 import torch.distributed as dist
@@ -41,6 +44,7 @@ from torch import Tensor
 from torch._C._autograd import DeviceType
 
 from magi_sink_cp import CPPlan, cp_attention_with_sink, make_cp_plan
+from magi_sink_cp.dist.planning import cost
 from magi_sink_cp.dist.planning.layout import LAYOUTS, causal_pairs
 from magi_sink_cp.kernels.checks import make_params
 from magi_sink_cp.kernels.protocol import KernelRequest, Varlen
@@ -71,7 +75,7 @@ def run(args: argparse.Namespace) -> Iterator[list[Row]]:
         # First, as the arena never shrinks.
         *(lambda tokens=tokens: memory_rows(tokens) for tokens in TOKENS),
         *(lambda tokens=tokens: causal_rows(args, tokens) for tokens in TOKENS),
-        *(lambda tokens=tokens: overlap_rows(args, tokens) for tokens in EXPOSED_TOKENS),
+        *(lambda tokens=tokens: mechanism_rows(args, tokens) for tokens in EXPOSED_TOKENS),
         lambda: window_rows(args),
         lambda: packed_rows(args, 0),
         lambda: packed_rows(args, 1),
@@ -169,29 +173,32 @@ def gathering_peers(
     return found
 
 
-def overlap_rows(args: argparse.Namespace, tokens: int) -> list[Row]:
-    """The overlap degrees that the cost model chooses between."""
-    plan = make_cp_plan(tokens, group=dist.group.WORLD)
-    q, k, v, dout, sink = draw((plan.local_tokens,), 128)
-    attention = functools.partial(cp_attention_with_sink, q, k, v, sink, plan=plan)
-    degrees = range(min(2, plan.cp_size))
-    ours: dict[str, Variant] = {
-        f"cp overlap_degree {n}": (
-            functools.partial(attention, overlap_degree=n),
-            (q, k, v, sink),
-            dout,
+# What a plan without one mechanism has in the place of a constant of the cost model.
+WITHOUT: dict[str, tuple[str, Any]] = {
+    "calls on one stream": ("TWO_LANES_S", (math.inf, math.inf)),
+    "neighbouring segments joined": ("LARGE_WAVES", 10**9),
+}
+
+
+def mechanism_rows(args: argparse.Namespace, tokens: int) -> list[Row]:
+    """Each overlap degree, and degree 0 without one mechanism: what it gains."""
+    q, k, v, dout, sink = draw((tokens // dist.get_world_size(),), 128)
+    leaves = q, k, v, sink
+
+    def variant(overlap_degree: int, name: str | None = None) -> Variant:
+        plan = make_cp_plan(tokens, group=dist.group.WORLD)
+        attention = functools.partial(
+            cp_attention_with_sink, *leaves, plan=plan, overlap_degree=overlap_degree
         )
-        for n in degrees
-    }
-    return compared(
-        args,
-        "overlap",
-        {"batch": 1, "tokens": tokens, "head_dim": 128},
-        ours,
-        (-1, 0),
-        None,
-        tokens * tokens,
-    )
+        replaced = mock.patch.object(cost, *WITHOUT[name]) if name else contextlib.nullcontext()
+        with replaced:
+            both(attention, leaves, dout)  # a plan keeps what its first call chose
+        return attention, leaves, dout
+
+    ours = {f"cp overlap_degree {n}": variant(n) for n in range(min(2, dist.get_world_size()))}
+    ours |= {f"cp overlap_degree 0, {name}": variant(0, name) for name in WITHOUT}
+    shape = {"batch": 1, "tokens": tokens, "head_dim": 128}
+    return compared(args, "mechanism", shape, ours, (-1, 0), None, tokens * tokens)
 
 
 def window_rows(args: argparse.Namespace) -> list[Row]:
@@ -317,10 +324,8 @@ def compared(
     rows: list[Row] = []
     shape = {**shape, "heads": HEADS, "heads_kv": HEADS_KV, "ranks": ranks}
     rounds = max(7, int(args.rounds / max(1.0, pairs / (4 * 8192**2))))
-    for (
-        key,
-        variant,
-    ) in ours.items():  # each alone with the plain one: what runs before decides a GPU's clock
+    # Each alone with the plain one: what runs before decides a GPU's clock.
+    for key, variant in ours.items():
         pair = {"plain": whole, key: variant}
         phases: dict[str, Work] = {
             "forward": {
@@ -332,9 +337,8 @@ def compared(
         }
         for phase, work in phases.items():
             times = measure(work, rounds, before_each=lambda: dist.all_reduce(token))
-            slowest = torch.tensor(
-                list(times.values()), device="cuda"
-            )  # a step ends when the last rank does
+            # A step ends when the last rank does.
+            slowest = torch.tensor(list(times.values()), device="cuda")
             dist.all_reduce(slowest, op=dist.ReduceOp.MAX)
             plain_times, our_times = slowest.tolist()
             percent = 100 * statistics.median(plain_times) / ranks / statistics.median(our_times)

@@ -135,10 +135,7 @@ def draw_functions(rows: list[dict[str, str]]) -> Any:
 
 
 def draw_dist(rows: list[dict[str, str]]) -> Any:
-    """Efficiency over one GPU's FlashAttention-3 without a sink, divided by the ranks.
-
-    One causal document.
-    """
+    """One causal document: percent of one GPU's FlashAttention-3 without a sink over the ranks."""
     figure, axes = plt.subplots(1, 2, figsize=(10, 4), sharey=True)
     variants = (
         ("cp", "ours, with a sink", BLUE),
@@ -170,10 +167,7 @@ def draw_dist(rows: list[dict[str, str]]) -> Any:
 
 
 def draw_trace(rows: list[dict[str, str]]) -> Any:
-    """One forward and backward at 32k tokens.
-
-    What each rank's GPU computes, and what its copy engines move, when.
-    """
+    """When each rank's GPU computes and its copy engines move, in a forward and backward at 32k."""
     colors = {"Fwd": BLUE, "BwdSm90": ORANGE, "_merge": GREEN, "Memcpy": "#b07aa1"}
     lanes = sorted(
         {(r["rank"], r["lane"]) for r in rows},

@@ -2,8 +2,8 @@
 symm_mem transport.
 
     compute-sanitizer --tool memcheck python scripts/sanitize.py       # and --tool racecheck
-    torchrun --nproc-per-node 2 --no-python compute-sanitizer --tool memcheck --report-api-errors no
-    python scripts/sanitize.py
+    torchrun --nproc-per-node 2 --no-python \\
+        compute-sanitizer --tool memcheck --report-api-errors no python scripts/sanitize.py
 
 The last option keeps calls quiet by which NCCL asks the driver what it can do. With ``bash -c
 'NCCL_HOSTID="rank $RANK" TORCH_SYMM_MEM_ALLOW_OVERLAPPING_DEVICES=1 LOCAL_RANK=0 exec
@@ -47,10 +47,7 @@ def main() -> int:
 
 
 def kernels(tokens: int, heads: int, head_dim: int, device: str = "cuda") -> None:
-    """Rows, heads and head_dim that fill no tile; partial results of some rows.
-
-    Sinks of both layouts.
-    """
+    """Rows, heads and head_dim that fill no tile; partial results of some rows; both layouts."""
 
     def out(rows: int) -> Tensor:
         return torch.randn(rows, heads, head_dim, device=device, dtype=torch.bfloat16)

@@ -12,9 +12,8 @@ from hypothesis import settings
 from tests.support.ranks import RANKS_PER_GPU, gpu_ranks
 
 if not torch.cuda.is_available():
-    os.environ.setdefault(
-        "TRITON_INTERPRET", "1"
-    )  # read when the kernels are decorated, so before magi_sink_cp is imported
+    # Read when the kernels are decorated, so before magi_sink_cp is imported.
+    os.environ.setdefault("TRITON_INTERPRET", "1")
 
 # CI draws the same examples every time, so that it tells of the change at hand; a developer's run
 # draws new ones.

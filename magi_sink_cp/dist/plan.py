@@ -1,7 +1,4 @@
-"""CPPlan.
-
-A token layout attached to a cp group, and make_cp_plan, which makes one on every rank.
-"""
+"""CPPlan, a token layout attached to a cp group, and make_cp_plan, which makes one."""
 
 from __future__ import annotations
 
@@ -153,6 +150,7 @@ class CPPlan:
         layout: the token ranges of every rank.
         transport: how keys travel, or None if they do not (one rank). Its name is what "auto"
             chose.
+        calls, agreement, group_ref: internal. What calls resolved to and ranks compared; the group.
         handle: int64 0-dim CPU tensor that stands for the plan in operators and compiled graphs.
     """
 
@@ -211,8 +209,7 @@ class CPPlan:
     def __reduce__(self) -> NoReturn:
         raise TypeError(
             "a CPPlan cannot be pickled or copied: it belongs to this process and its cp group. "
-            "Send "
-            "total_tokens and cu_seqlens, and call make_cp_plan on every rank"
+            "Send total_tokens and cu_seqlens, and call make_cp_plan on every rank"
         )
 
     def shard(self, x: Tensor, dim: int = 0, *, fill: float = 0) -> Tensor:
@@ -266,7 +263,7 @@ class CPPlan:
             if x.is_cuda and self.group is not None:
                 self.check_current_device()
         except Exception as error:
-            self.agreement.tell(error, UNSHARD)
+            self.agreement.report_error(error, UNSHARD)
             raise
 
     def check_current_device(self) -> None:

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 from magi_sink_cp.dist.guard.agreement import Signature
-from magi_sink_cp.dist.methods.base import CallOptions, CheckedCall, Method, Request
-from magi_sink_cp.dist.methods.ring import RING
+from magi_sink_cp.dist.methods.base import CallOptions, CheckedCall, Request
+from magi_sink_cp.dist.methods.choose import choose_method
 from magi_sink_cp.dist.plan import CPPlan
 from magi_sink_cp.kernels.backends.registry import check_backend_name
 from magi_sink_cp.kernels.caching import BoundedCache
@@ -92,8 +92,7 @@ def _check_options(
     if dsink_reduce != "none" and sink_layout == "ssh":
         raise ValueError(
             f"dsink_reduce={dsink_reduce!r} is for sink_layout='sh'; the rows of an 'ssh' sink "
-            "live "
-            "on one rank each"
+            "live on one rank each"
         )
     degree = None
     if not isinstance(overlap_degree, str) or overlap_degree != "auto":
@@ -185,8 +184,9 @@ def _check_call(
         q.shape[-1], options.softmax_scale, False, options.window_size, options.softcap,
         options.deterministic,
     )  # fmt: skip
-    method: Method = RING
-    state = method.resolve(plan, CheckedCall(q, k, v, sink, params, options, batch_size))
+    call = CheckedCall(q, k, v, sink, params, options, batch_size)
+    method = choose_method(plan, call)
+    state = method.resolve(plan, call)
     grad_reduce_dtype = options.grad_reduce_dtype or exact
     # Token counts are the plan's, which its ranks have compared already.
     record: dict[str, object] = {
@@ -238,8 +238,7 @@ def _check_tensors(
         if x.shape[-3] != plan.local_tokens:
             raise ValueError(
                 f"{name} must have the plan's local_tokens, {plan.local_tokens}, as its tokens, "
-                "got "
-                f"{tuple(x.shape)}"
+                f"got {tuple(x.shape)}"
             )
     sink = as_sink(sink, options.sink_layout, q)
     if options.dsink_reduce != "none" and sink is None:
@@ -263,9 +262,9 @@ def agree_on_forward(plan: CPPlan, make_request: Callable[[], Request], always: 
             plan.check_current_device()
         request = make_request()
     except Exception as error:
-        plan.agreement.tell(error, FORWARD, always)
+        plan.agreement.report_error(error, FORWARD, always)
         raise
-    plan.agreement.reach(request.signature, FORWARD, always)
+    plan.agreement.compare(request.signature, FORWARD, always)
     return request
 
 
@@ -276,4 +275,4 @@ def agree_on_backward(plan: CPPlan, number: int, always: bool) -> None:
     """
     if plan.agreement.compares_always(always):
         record = {"number of the forward call whose backward this is": number}
-        plan.agreement.reach(Signature(BACKWARD, record), BACKWARD, True)
+        plan.agreement.compare(Signature(BACKWARD, record), BACKWARD, True)

@@ -1,6 +1,6 @@
-"""What the drop-in functions share.
+"""What the drop-in functions share: the checks and the call of the operator.
 
-The checks, the call of the operator, and nothing that is accepted and ignored.
+No argument is accepted and then ignored.
 """
 
 from __future__ import annotations
@@ -114,7 +114,7 @@ def make_extras(**tensors: Tensor | None) -> Extras:
 def refuse(**given: object) -> None:
     """Raise for every argument that is not None.
 
-    Its namesake has it, and these functions do not.
+    The functions of FlashAttention have these arguments, and ours do not.
     """
     for name, value in given.items():
         if value is not None:

@@ -239,10 +239,8 @@ def _params(
         text = ", ".join("None" if limit == -1 else str(limit) for limit in window_size)
         raise ValueError(
             "window_size of fa4_* functions: FlashAttention-4 reads a negative limit as a number "
-            "of "
-            f"tokens, and only None as unlimited; got {window_size!r}. If you mean unlimited, "
-            "write "
-            f"({text})"
+            f"of tokens, and only None as unlimited; got {window_size!r}. If you mean unlimited, "
+            f"write ({text})"
         )
     return make_params(
         max(1, head_dim), softmax_scale, causal, (-1, -1) if unlimited else window_size, softcap,

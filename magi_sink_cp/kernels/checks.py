@@ -205,8 +205,7 @@ def refuse_dtensor(name: str, x: Tensor) -> None:
         raise TypeError(
             f"{name} must be a plain tensor, got a DTensor with placements {x.placements}. Pass "
             f"{name}.to_local() if this rank's part is what is meant (heads of its own under "
-            "tensor "
-            f"parallelism), else {name}.full_tensor()"
+            f"tensor parallelism), else {name}.full_tensor()"
         )
 
 
@@ -323,8 +322,7 @@ def check_sink_is_tensor(sink: object, sink_layout: object) -> None:
         raise TypeError(
             f"sink must be a torch.Tensor or None, got {type(sink).__name__} ({sink!r}). sink and "
             "sink_layout come right after the tensors (and lengths): pass the arguments that "
-            "follow "
-            "them by name"
+            "follow them by name"
         )
     if not isinstance(sink_layout, str) or sink_layout not in SINK_LAYOUTS:
         raise ValueError(f"sink_layout must be one of {SINK_LAYOUTS}, got {sink_layout!r}")
@@ -588,8 +586,7 @@ def make_varlen(
         if not bool(((used >= 0) & (used <= cu_seqlens.diff())).all()):
             raise ValueError(
                 f"{name} must be from 0 to each document's length {cu_seqlens.diff().tolist()}, "
-                "got "
-                f"{used.tolist()}"
+                f"got {used.tolist()}"
             )
     return Varlen(cu_seqlens_q, cu_seqlens_k, longest[0], longest[1], seqused_q, seqused_k)
 

@@ -133,9 +133,9 @@ def merge_triton(
     lse: Tensor,
     cu_seqlens_q: Tensor | None = None,
 ) -> None:
-    """Launch the Triton kernel: a program is a block of rows of one head.
+    """Launch the Triton kernel. One program merges a block of rows of one head.
 
-    Out may alias the first partial's rows.
+    ``out`` may alias the out of the first partial.
     """
     batch = out.shape[0] if out.dim() == 4 else 1
     rows, heads, head_dim = out.shape[-3:]

@@ -160,7 +160,8 @@ class Partial:
     """Attention over some of the keys, for query rows ``start … start + rows`` of a larger tensor.
 
     ``out`` is (B, rows, H, D_v) or (rows, H, D_v), normalised by ``lse`` (B, H, rows) or (H, rows):
-    natural log, fp32 (fp64 for fp64 inputs). A row that saw no key has lse = -inf and out = 0.
+    natural log, fp32 (fp64 for fp64 inputs). A row that saw no key
+    has lse = -inf, and its out is 0.
     """
 
     out: Tensor
@@ -174,7 +175,7 @@ class RowDelta:
     """delta = Σ_d dout · out of each query row and head, as a kernel left it in memory.
 
     ``values`` is fp32, (B, H, ≥rows) dense or (H, ≥rows) varlen, for the first ``rows`` query rows.
-    Rows after those have seen no key: their out is 0, and so is their delta. With ``block`` > 0
+    Later rows have seen no key. Their out is 0, and so is their delta. With ``block`` > 0
     (FlashAttention-3, varlen) document b starts at column
     ``(cu_seqlens_q[b] + b·block) // block · block`` instead of ``cu_seqlens_q[b]``.
     """

@@ -3,7 +3,7 @@
 ``magi_sink_cp::attention_forward`` and ``magi_sink_cp::attention_backward`` are registered with
 fake (meta) implementations and autograd. So torch.compile, torch.export, selective activation
 checkpointing and dispatch modes see one opaque operator each. The overload ``dropout`` is the same
-with the tag that keeps a recomputation from drawing other random numbers.
+with the tag that keeps a recomputation from drawing other random settings.
 
 ``inputs`` is one of ``[q, k, v]``; ``[q, kv]`` with kv (…, 2, H_kv, D); ``[qkv]`` with qkv
 (…, 3, H, D), or (…, H + 2 H_kv, D) with the number of query heads given. Gradients come back in the
@@ -37,7 +37,7 @@ from magi_sink_cp.kernels.protocol import (
     out_dtype,
     stat_dtype,
 )
-from magi_sink_cp.ops.schema import schema_of, take
+from magi_sink_cp.ops.schema import schema_of, split_fields
 
 
 class OperatorOptions(NamedTuple):
@@ -56,7 +56,7 @@ class OperatorOptions(NamedTuple):
     want_probs: bool = False
 
 
-class Numbers(NamedTuple):
+class Settings(NamedTuple):
     """All arguments of the operators that are not tensors, in the order of the schema."""
 
     max_seqlen_q: int
@@ -70,28 +70,27 @@ class Numbers(NamedTuple):
         return *self[:2], *self.policy, *self.options, *self.params
 
     @staticmethod
-    def of(flat: tuple[Any, ...]) -> Numbers:
+    def of(flat: tuple[Any, ...]) -> Settings:
         """The inverse of :meth:`flat`."""
-        policy, rest = take(BackendPolicy, flat[2:])
-        options, rest = take(OperatorOptions, rest)
-        params, _ = take(AttentionParams, rest)
-        return Numbers(flat[0], flat[1], policy, options, params)
+        policy, rest = split_fields(BackendPolicy, flat[2:])
+        options, rest = split_fields(OperatorOptions, rest)
+        params, _ = split_fields(AttentionParams, rest)
+        return Settings(flat[0], flat[1], policy, options, params)
 
 
 # lengths: [], or cu_seqlens_q, cu_seqlens_k (None: the same one), seqused_q, seqused_k.
 # extras: [], or the fields of Extras.
 _TENSORS = "Tensor[] inputs, Tensor? sink, Tensor?[] lengths, Tensor?[] extras"
-_NUMBERS = (
+_SETTINGS = (
     "SymInt max_seqlen_q, SymInt max_seqlen_k, "
     f"{schema_of(BackendPolicy, OperatorOptions, AttentionParams)}"
 )
-_FORWARD = f"({_TENSORS}, {_NUMBERS}) -> (Tensor out, Tensor lse, Tensor[] dropout)"
+_FORWARD = f"({_TENSORS}, {_SETTINGS}) -> (Tensor out, Tensor lse, Tensor[] dropout)"
 _BACKWARD = (
     "(Tensor? dout, Tensor? dlse, Tensor out, Tensor lse, Tensor[] dropout, bool needs_dsink, "
-    f"{_TENSORS}, {_NUMBERS}) -> Tensor[]"
+    f"{_TENSORS}, {_SETTINGS}) -> Tensor[]"
 )
 _NO_MAXIMUM = -1  # stands for a max_seqlen of None
-_NUM_LENGTHS = 4
 
 
 def attention(
@@ -117,10 +116,10 @@ def attention(
         offsets_k = None if same else lengths.cu_seqlens_k
         length_tensors = [lengths.cu_seqlens_q, offsets_k, lengths.seqused_q, lengths.seqused_k]
     extra_tensors = [] if extras is NO_EXTRAS else list(vars(extras).values())
-    numbers = Numbers(longest_q, longest_k, policy, options, params)
+    settings = Settings(longest_q, longest_k, policy, options, params)
     if not is_watched((*inputs, sink, *length_tensors, *extra_tensors)):
         result = _Attention.apply(
-            numbers, len(inputs), len(length_tensors),
+            settings, len(inputs), len(length_tensors),
             *inputs, sink, *length_tensors, *extra_tensors,
         )  # fmt: skip
         out, lse, dropout = result[0], result[1], result[2:]
@@ -128,7 +127,7 @@ def attention(
         if torch.compiler.is_compiling():  # which takes no tensor twice
             inputs, length_tensors = _distinct(inputs), _distinct(length_tensors)
         run = _forward_op.dropout if params.dropout_p > 0 else _forward_op.default
-        out, lse, dropout = run(inputs, sink, length_tensors, extra_tensors, *numbers.flat())
+        out, lse, dropout = run(inputs, sink, length_tensors, extra_tensors, *settings.flat())
     return out, lse, dropout[1] if len(dropout) else None
 
 
@@ -176,24 +175,24 @@ def _resolve(
     sink: Tensor | None,
     lengths: Sequence[Tensor | None],
     extras: Sequence[Tensor | None],
-    numbers: Numbers,
+    settings: Settings,
 ) -> tuple[tuple[Tensor, Tensor, Tensor], KernelRequest, Backend]:
     """q, k and v, what the kernels are asked for, and the backend that is."""
-    q, k, v = split_inputs(inputs, numbers.options.num_heads_q)
+    q, k, v = split_inputs(inputs, settings.options.num_heads_q)
     varlen = None
     if lengths:
         offsets_q, offsets_k, seqused_q, seqused_k = lengths
         assert offsets_q is not None, "lengths start with cu_seqlens_q"
         offsets_k = offsets_q if offsets_k is None else offsets_k
-        max_q, max_k = (None if n == _NO_MAXIMUM else n for n in numbers[:2])
-        read = numbers.options.read_lengths
+        max_q, max_k = (None if n == _NO_MAXIMUM else n for n in settings[:2])
+        read = settings.options.read_lengths
         varlen = make_varlen(q, k, offsets_q, offsets_k, max_q, max_k, seqused_q, seqused_k, read)
-    request = KernelRequest(numbers.params, varlen, Extras(*extras) if extras else NO_EXTRAS)
-    backend = select_backend(numbers.policy, q, request, v.shape[-1], sink)
+    request = KernelRequest(settings.params, varlen, Extras(*extras) if extras else NO_EXTRAS)
+    backend = select_backend(settings.policy, q, request, v.shape[-1], sink)
     return (q, k, v), request, backend
 
 
-def _native(
+def _backend_adding_sink(
     backend: Backend, sink: Tensor | None, q: Tensor, k: Tensor, request: KernelRequest
 ) -> Fa4Backend | None:
     """``backend`` if its kernels add this sink to this call. They do not know of missing rows."""
@@ -202,9 +201,9 @@ def _native(
     return adding_sink(backend, sink) if q.numel() and k.numel() else None
 
 
-def _unread_offsets(q: Tensor, request: KernelRequest, numbers: Numbers) -> Tensor | None:
+def _unread_offsets(q: Tensor, request: KernelRequest, settings: Settings) -> Tensor | None:
     """cu_seqlens_q if rows may stand behind the last document without the host's knowledge."""
-    if request.varlen is None or numbers.options.read_lengths or not q.is_cuda:
+    if request.varlen is None or settings.options.read_lengths or not q.is_cuda:
         return None
     return request.varlen.cu_seqlens_q
 
@@ -214,11 +213,11 @@ def _forward(
     sink: Tensor | None,
     lengths: Sequence[Tensor | None],
     extras: Sequence[Tensor | None],
-    numbers: Numbers,
+    settings: Settings,
 ) -> tuple[Tensor, Tensor, list[Tensor]]:
-    (q, k, v), request, backend = _resolve(inputs, sink, lengths, extras, numbers)
-    want_lse, want_probs = numbers.options.want_lse, numbers.options.want_probs
-    native = _native(backend, sink, q, k, request)
+    (q, k, v), request, backend = _resolve(inputs, sink, lengths, extras, settings)
+    want_lse, want_probs = settings.options.want_lse, settings.options.want_probs
+    native = _backend_adding_sink(backend, sink, q, k, request)
     if native is not None and sink is not None:
         partial = native.forward_with_sink(q, k, v, sink, request, want_lse)
         return partial.out, partial.lse, []
@@ -230,11 +229,11 @@ def _forward(
     target = None
     if not partial.out.is_contiguous():  # FlashAttention-2 lays out like q, whatever its strides
         target = torch.empty_like(partial.out, memory_format=torch.contiguous_format)
-    ends = None if sink is None else _unread_offsets(q, request, numbers)
+    ends = None if sink is None else _unread_offsets(q, request, settings)
     out, lse = merge([partial], sink, out=target, cu_seqlens_q=ends)
     if request.params.dropout_p == 0:
         return out, lse, []
-    shape = _probs_shape(q, k, lengths, numbers)
+    shape = _probs_shape(q, k, lengths, settings)
     if partial.dropout is None:  # no kernel ran on empty inputs
         return out, lse, [q.new_empty(2, dtype=torch.uint64), q.new_zeros(shape)]
     probs = partial.dropout.attn_probs
@@ -256,12 +255,12 @@ def _backward(
     sink: Tensor | None,
     lengths: Sequence[Tensor | None],
     extras: Sequence[Tensor | None],
-    numbers: Numbers,
+    settings: Settings,
 ) -> list[Tensor]:
-    (q, k, v), request, backend = _resolve(inputs, sink, lengths, extras, numbers)
+    (q, k, v), request, backend = _resolve(inputs, sink, lengths, extras, settings)
     dout = torch.zeros_like(out) if dout is None else dout
     no_row = missing_rows(request.varlen, q.shape[0])
-    ends = _unread_offsets(q, request, numbers)
+    ends = _unread_offsets(q, request, settings)
     if dlse is not None:
         dlse = dlse.masked_fill(torch.isneginf(lse), 0.0)  # log 0 depends on nothing
         dlse = clear_columns(dlse, no_row)
@@ -271,8 +270,8 @@ def _backward(
     into = None
     if len(inputs) < 3:
         written = [torch.empty_like(x, memory_format=torch.contiguous_format) for x in inputs]
-        into = Gradients(*split_inputs(written, numbers.options.num_heads_q), None)
-    native, dsink = _native(backend, sink, q, k, request), []
+        into = Gradients(*split_inputs(written, settings.options.num_heads_q), None)
+    native, dsink = _backend_adding_sink(backend, sink, q, k, request), []
     if native is not None and sink is not None:
         grads, native_dsink = native.backward_with_sink(
             dout, q, k, v, sink, saved, request, dlse, into
@@ -294,15 +293,15 @@ def _fake_forward(
     sink: Tensor | None,
     lengths: Sequence[Tensor | None],
     extras: Sequence[Tensor | None],
-    numbers: Numbers,
+    settings: Settings,
 ) -> tuple[Tensor, Tensor, list[Tensor]]:
-    q, k, v = split_inputs(inputs, numbers.options.num_heads_q)
+    q, k, v = split_inputs(inputs, settings.options.num_heads_q)
     *batch, rows, heads, _ = q.shape
     out = q.new_empty((*batch, rows, heads, v.shape[-1]), dtype=out_dtype(q.dtype))
     lse = q.new_empty((*batch, heads, rows), dtype=stat_dtype(q.dtype))
-    if numbers.params.dropout_p == 0:
+    if settings.params.dropout_p == 0:
         return out, lse, []
-    probs = q.new_empty(_probs_shape(q, k, lengths, numbers))
+    probs = q.new_empty(_probs_shape(q, k, lengths, settings))
     return out, lse, [q.new_empty(2, dtype=torch.uint64), probs]
 
 
@@ -317,21 +316,21 @@ def _fake_backward(
     sink: Tensor | None,
     lengths: Sequence[Tensor | None],
     extras: Sequence[Tensor | None],
-    numbers: Numbers,
+    settings: Settings,
 ) -> list[Tensor]:
     like = [*inputs, sink] if needs_dsink and sink is not None else inputs
     return [torch.empty_like(x, memory_format=torch.contiguous_format) for x in like]
 
 
 def _probs_shape(
-    q: Tensor, k: Tensor, lengths: Sequence[Tensor | None], numbers: Numbers
+    q: Tensor, k: Tensor, lengths: Sequence[Tensor | None], settings: Settings
 ) -> tuple[int, ...]:
     """(B or documents, H, rows and keys rounded up to 128), or (0,) where S_dmask is not wanted."""
-    if not numbers.options.want_probs:
+    if not settings.options.want_probs:
         return (0,)
     rows, keys, documents = q.shape[-3], k.shape[-3], q.shape[0]
     if lengths and lengths[0] is not None:
-        rows, keys, documents = *numbers[:2], lengths[0].shape[0] - 1
+        rows, keys, documents = *settings[:2], lengths[0].shape[0] - 1
     return documents, q.shape[-2], -(-rows // 128) * 128, -(-keys // 128) * 128
 
 
@@ -342,17 +341,17 @@ def _save(
     ctx: Any,
     num_inputs: int,
     num_lengths: int,
-    numbers: Numbers,
+    settings: Settings,
     tensors: Sequence[Tensor | None],
     results: Sequence[Tensor],
 ) -> None:
-    """Keep what backward needs. ``tensors``: inputs, sink, lengths, extras; ``results``.
+    """Keep what backward needs. ``tensors``: inputs, sink, lengths and extras, in this order.
 
     Out, lse, …
     """
     ctx.save_for_backward(*tensors, *results)
     ctx.counts = num_inputs, num_lengths, len(tensors)
-    ctx.numbers = numbers
+    ctx.settings = settings
     ctx.set_materialize_grads(False)
     if len(results) > 2:
         ctx.mark_non_differentiable(*results[2:])
@@ -372,9 +371,9 @@ def _gradients(
     watched = torch.is_grad_enabled() or is_watched((dout, dlse, *tensors))
     arguments = dout, dlse, out, lse, dropout, needs_dsink, list(inputs), sink, lengths, extras
     if watched:
-        grads = _backward_op(*arguments, *ctx.numbers.flat())
+        grads = _backward_op(*arguments, *ctx.settings.flat())
     else:
-        grads = _backward(*arguments, ctx.numbers)
+        grads = _backward(*arguments, ctx.settings)
     return grads[:num_inputs], grads[num_inputs] if len(grads) > num_inputs else None
 
 
@@ -387,13 +386,13 @@ class _Attention(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, numbers: Numbers, num_inputs: int, num_lengths: int, *tensors: Tensor | None
+        ctx: Any, settings: Settings, num_inputs: int, num_lengths: int, *tensors: Tensor | None
     ) -> tuple[Tensor, ...]:
         behind = num_inputs + 1 + num_lengths
         inputs, sink = tensors[:num_inputs], tensors[num_inputs]
         lengths, extras = tensors[num_inputs + 1 : behind], tensors[behind:]
-        out, lse, dropout = _forward(inputs, sink, lengths, extras, numbers)  # type: ignore[arg-type]
-        _save(ctx, num_inputs, num_lengths, numbers, tensors, (out, lse, *dropout))
+        out, lse, dropout = _forward(inputs, sink, lengths, extras, settings)  # type: ignore[arg-type]
+        _save(ctx, num_inputs, num_lengths, settings, tensors, (out, lse, *dropout))
         return out, lse, *dropout
 
     @staticmethod
@@ -415,15 +414,15 @@ def _set_up(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]) -> None:
         for list_ in (lengths, extras)
     ]
     every = (*tensors, sink, *lengths, *extras)
-    _save(ctx, len(tensors), len(lengths), Numbers.of(tuple(flat)), every, (out, lse, *dropout))
+    _save(ctx, len(tensors), len(lengths), Settings.of(tuple(flat)), every, (out, lse, *dropout))
 
 
 def _op_backward(
     ctx: Any, dout: Tensor | None, dlse: Tensor | None, _dropout: Any
 ) -> tuple[Any, ...]:
     grads, dsink = _gradients(ctx, dout, dlse, ctx.needs_input_grad[1])
-    numbers = (None,) * len(ctx.numbers.flat())
-    return list(grads), dsink, *ctx.no_gradients, *numbers
+    settings = (None,) * len(ctx.settings.flat())
+    return list(grads), dsink, *ctx.no_gradients, *settings
 
 
 def refuse_second_derivative(ctx: Any, *grads: Any) -> NoReturn:
@@ -436,10 +435,10 @@ def refuse_second_derivative(ctx: Any, *grads: Any) -> NoReturn:
 
 
 def _registered(implementation: Callable[..., Any], num_tensors: int) -> Callable[..., Any]:
-    """The implementation as the dispatcher calls it: with the fields of Numbers one by one."""
+    """The implementation as the dispatcher calls it: with the fields of Settings one by one."""
 
     def call(*arguments: Any) -> Any:
-        return implementation(*arguments[:num_tensors], Numbers.of(arguments[num_tensors:]))
+        return implementation(*arguments[:num_tensors], Settings.of(arguments[num_tensors:]))
 
     return call
 

@@ -29,7 +29,7 @@ from magi_sink_cp.dist.resolve import (
 from magi_sink_cp.kernels.checks import as_flag
 from magi_sink_cp.kernels.protocol import stat_dtype
 from magi_sink_cp.ops.attention import is_watched, refuse_second_derivative
-from magi_sink_cp.ops.schema import schema_of, take
+from magi_sink_cp.ops.schema import schema_of, split_fields
 
 _TENSORS = "Tensor q, Tensor k, Tensor v, Tensor? sink, Tensor plan"
 _OPTIONS = f"bool[] requires_grad, bool want_lse, {schema_of(CallOptions)}"
@@ -148,8 +148,10 @@ def _backward(
     if q.dim() == 3 and not request.is_padded:
         *grads, dsink = method.backward(request, dout, dlse, q, k, v, sink, out, lse, needs_dsink)
         return grads if dsink is None else [*grads, dsink]
-    flat = [_rows_of_samples(request, x) for x in (dout, q, k, v, out)]
-    flat_dout, flat_q, flat_k, flat_v = (_clear_padding(request, x) for x in flat[:4])
+    flat_dout, flat_q, flat_k, flat_v = (
+        _clear_padding(request, _rows_of_samples(request, x)) for x in (dout, q, k, v)
+    )
+    flat_out = _rows_of_samples(request, out)
     lse = _columns_of_samples(lse)
     dlse = None if dlse is None else _columns_of_samples(dlse)
     if request.is_padded:
@@ -157,7 +159,7 @@ def _backward(
         lse = lse.masked_fill(padding, float("inf"))  # kernels/dsink.py: no such row
         dlse = None if dlse is None else dlse.masked_fill(padding, 0.0)
     dq, dk, dv, dsink = method.backward(
-        request, flat_dout, dlse, flat_q, flat_k, flat_v, _flat_sink(request, sink), flat[4], lse,
+        request, flat_dout, dlse, flat_q, flat_k, flat_v, _flat_sink(request, sink), flat_out, lse,
         needs_dsink,
     )  # fmt: skip
     pairs = ((dq, q), (dk, k), (dv, v))
@@ -177,7 +179,7 @@ def _forward_from_op(
     want_lse: bool,
     *rest: Any,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    plan, (options, _) = plan_of(handle), take(CallOptions, rest)
+    plan, (options, _) = plan_of(handle), split_fields(CallOptions, rest)
 
     def make_request() -> Request:
         return resolve(q, k, v, sink, plan, options, tuple(requires_grad))
@@ -203,7 +205,7 @@ def _backward_from_op(
     want_lse: bool,
     *rest: Any,
 ) -> list[Tensor]:
-    plan, (options, _) = plan_of(handle), take(CallOptions, rest)
+    plan, (options, _) = plan_of(handle), split_fields(CallOptions, rest)
     agree_on_backward(plan, int(number), options.always_compare)
     request = resolve(q, k, v, sink, plan, options, tuple(requires_grad))
     return _backward(request, dout, dlse, q, k, v, sink, out, lse, needs_dsink)

@@ -20,8 +20,8 @@ from magi_sink_cp.dist.methods.base import CallOptions
 from magi_sink_cp.dist.plan import plan_of
 from magi_sink_cp.dist.planning.mask import visible_pairs
 from magi_sink_cp.dist.planning.schedule import rank_pairs
-from magi_sink_cp.ops.attention import Numbers, split_inputs
-from magi_sink_cp.ops.schema import take
+from magi_sink_cp.ops.attention import Settings, split_inputs
+from magi_sink_cp.ops.schema import split_fields
 
 
 def _lengths(offsets: Tensor, total: int) -> list[int]:
@@ -32,10 +32,10 @@ def _lengths(offsets: Tensor, total: int) -> list[int]:
 
 
 def _attention_flops(
-    inputs: Sequence[Tensor], lengths: Sequence[Tensor | None], numbers: Numbers
+    inputs: Sequence[Tensor], lengths: Sequence[Tensor | None], settings: Settings
 ) -> int:
-    q, k, v = split_inputs(inputs, numbers.options.num_heads_q)
-    window = numbers.params.window_size
+    q, k, v = split_inputs(inputs, settings.options.num_heads_q)
+    window = settings.params.window_size
     if not lengths or lengths[0] is None:
         pairs = q.shape[0] * visible_pairs(q.shape[1], k.shape[1], *window)
     else:
@@ -56,22 +56,22 @@ def _cp_attention_flops(q: Tensor, handle: Tensor, options: CallOptions) -> int:
 
 @register_flop_formula(torch.ops.magi_sink_cp.attention_forward, get_raw=True)
 def _forward(inputs: Any, sink: Any, lengths: Any, extras: Any, *flat: Any, out_val: Any) -> int:
-    return _attention_flops(inputs, lengths, Numbers.of(flat))
+    return _attention_flops(inputs, lengths, Settings.of(flat))
 
 
 @register_flop_formula(torch.ops.magi_sink_cp.attention_backward, get_raw=True)
 def _backward(*arguments: Any, out_val: Any) -> int:
-    inputs, lengths, numbers = arguments[6], arguments[8], Numbers.of(arguments[10:])
-    return _attention_flops(inputs, lengths, numbers) * 5 // 2
+    inputs, lengths, settings = arguments[6], arguments[8], Settings.of(arguments[10:])
+    return _attention_flops(inputs, lengths, settings) * 5 // 2
 
 
 @register_flop_formula(torch.ops.magi_sink_cp.cp_attention_forward, get_raw=True)
 def _cp_forward(*arguments: Any, out_val: Any) -> int:
-    options, _ = take(CallOptions, arguments[7:])
+    options, _ = split_fields(CallOptions, arguments[7:])
     return _cp_attention_flops(arguments[0], arguments[4], options)
 
 
 @register_flop_formula(torch.ops.magi_sink_cp.cp_attention_backward, get_raw=True)
 def _cp_backward(*arguments: Any, out_val: Any) -> int:
-    options, _ = take(CallOptions, arguments[13:])
+    options, _ = split_fields(CallOptions, arguments[13:])
     return _cp_attention_flops(arguments[6], arguments[10], options) * 5 // 2

@@ -35,7 +35,7 @@ def _text(annotation: Any) -> str:
     return getattr(annotation, "__forward_arg__", annotation)  # NamedTuple wraps it in a ForwardRef
 
 
-def take(kind: type[Fields], arguments: tuple[Any, ...]) -> tuple[Fields, tuple[Any, ...]]:
+def split_fields(kind: type[Fields], arguments: tuple[Any, ...]) -> tuple[Fields, tuple[Any, ...]]:
     """A NamedTuple made of the first operator arguments, and the arguments behind them.
 
     The dispatcher hands over lists where the schema says so; the fields are tuples.

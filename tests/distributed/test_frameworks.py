@@ -1,7 +1,4 @@
-"""Inside torch.compile, activation checkpointing and FSDP2; many steps.
-
-Calls on several streams.
-"""
+"""Inside torch.compile, activation checkpointing and FSDP2; many steps; several streams."""
 
 from __future__ import annotations
 
@@ -207,10 +204,7 @@ def test_two_streams(transport, overlap_degree):
 
 
 def body_streams(group, device, *, transport, overlap_degree) -> None:
-    """Two calls in flight on two streams, of two plans, forward and backward, again and again.
-
-    Results as one by one.
-    """
+    """Calls of two plans on two streams at a time give the results of calls one by one."""
     plans = [make_cp_plan(tokens, group=group, transport=transport) for tokens in (3000, 8192)]
     generator = torch.Generator(device).manual_seed(torch.distributed.get_rank(group))
     leaves = [

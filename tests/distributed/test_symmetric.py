@@ -307,10 +307,7 @@ def test_a_rendezvous_counts_its_own_keys():
 
 
 def body_rendezvous(group, device) -> None:
-    """torch's part played by the test.
-
-    Under numbers that differ by rank, in two rendezvous of ranks 1 and 3.
-    """
+    """The test plays torch's part: two rendezvous of ranks 1 and 3, numbered apart on each rank."""
     number = 5 * dist.get_rank()  # of what this process has exchanged before
     pair = dist.new_group([1, 3])
     alive = []
@@ -366,9 +363,9 @@ def test_set_up_succeeds_on_every_rank_or_on_none(fault):
 
 
 def body_set_up(group, device, *, fault) -> None:
-    """connect() with CUDA's part played by the test.
+    """Whatever fails in connect() on rank 1 alone, every rank learns it and none waits.
 
-    Whatever fails on rank 1 alone, every rank learns it and none waits.
+    The test plays CUDA's part.
     """
     here = dist.get_rank(group) == 1
 

@@ -1,7 +1,4 @@
-"""What travels.
-
-Messages and bytes against the plan, overlap with compute, and misuse of a transfer.
-"""
+"""What travels: messages and bytes against the plan, overlap with compute, misuse of a transfer."""
 
 from __future__ import annotations
 

@@ -133,9 +133,9 @@ def test_softcap(name, mask, s_sink):
 
 
 def lacks_softcap(name: str) -> bool:
-    """Of the builds at hand.
+    """Whether this build has no softcap.
 
-    PyTorch's FlashAttention-2, and xformers' FlashAttention-3, which also has no fp8.
+    Such are PyTorch's FlashAttention-2, and xformers' FlashAttention-3, which also has no fp8.
     """
     q = torch.empty(1, 1, 1, 64, device="cuda", dtype=torch.bfloat16)
     call = ops.KernelRequest(make_params(64, None, False, (-1, -1), 0.0, False))
@@ -371,9 +371,9 @@ def test_dropout_of_fa2(varlen):
 
 
 def test_parameters_of_fa3_that_only_kernels_have():
-    """attention_chunk and qv in a forward; num_splits, pack_gqa and sm_margin leave the result.
+    """attention_chunk, qv, and v with its own head_dim, in a forward.
 
-    V with its own head_dim.
+    num_splits, pack_gqa and sm_margin do not change the result.
     """
     if reason := missing("fa3"):
         pytest.skip(reason)

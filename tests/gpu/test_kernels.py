@@ -1,7 +1,6 @@
-"""One GPU.
+"""One GPU: attention_with_sink on fa3 and aten against the fp64 reference.
 
-Attention_with_sink on fa3 and aten against the fp64 reference, within twice the plain kernel's own
-error.
+Its error is at most twice that of the plain kernel.
 """
 
 from __future__ import annotations
@@ -202,7 +201,7 @@ def test_gradient_of_lse(backend, packed, sink_layout):
 def test_gradient_of_lse_of_any_size(backend, size, dtype):
     """A z-loss over many tokens sends 1e-9 into lse, which fp16 cannot hold.
 
-    The dq and dk are right where they can be held.
+    dq and dk are right where their dtype can hold them.
     """
     case = make_case([90], [90], batch=1, head_dim=64, dtype=dtype, device="cuda", with_dlse=True)
     case.dout = torch.zeros_like(case.dout)

@@ -114,10 +114,7 @@ def test_windows(backend, transport, overlap_degree, window):
 @pytest.mark.parametrize("transport", TRANSPORTS)
 @pytest.mark.parametrize("overlap_degree", [0, 1])
 def test_flash_attention_4_adds_the_sink(backend, transport, overlap_degree):
-    """One sink a head.
-
-    "auto" takes fa4 in forward, as rows see few keys here, and fa3 in backward.
-    """
+    """One sink a head. "auto" takes fa4 in forward, as rows see few keys, and fa3 in backward."""
     if reason := {info.name: info.reason for info in backends()}["fa4"]:
         pytest.skip(f"fa4: {reason}")
     arguments = {"transport": transport, "overlap_degree": overlap_degree}

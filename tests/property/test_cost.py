@@ -1,7 +1,4 @@
-"""The cost model behind overlap_degree="auto".
-
-What it must choose where the answer is plain, and that it keeps its bound.
-"""
+"""The cost model behind overlap_degree="auto": its choices where the answer is plain, its bound."""
 
 from __future__ import annotations
 
@@ -54,19 +51,13 @@ def choose(
 
 @pytest.mark.parametrize("tokens", [8192, 16384, 32768, 65536, 131072])
 def test_two_gpus_over_nvlink(tokens):
-    """Measured (docs/benchmarks.md).
-
-    Degree 0 is better in forward, and in one run of two in both at 32k; fa4's forward is not.
-    """
+    """Degree 0 was measured better (docs/benchmarks.md), and fa4's forward was not."""
     chosen = choose(work(tokens, 2), 2, "nvlink", SINK_KERNEL_SLOWER)
     assert (chosen.degrees, chosen.sink_in_kernel) == ((0, 0), False)
 
 
 def test_kernels_add_the_sink_where_rows_see_few_keys():
-    """Measured (docs/benchmarks.md).
-
-    They win under a window of 128 and over packed documents, and lose over a long one.
-    """
+    """They win under a window of 128 and over packed documents, and lose over a long document."""
     assert choose(work(131072, 2, window=(128, 0)), 2, "nvlink", SINK_KERNEL_SLOWER).sink_in_kernel
     assert choose(work(65536, 2, documents=64), 2, "nvlink", SINK_KERNEL_SLOWER).sink_in_kernel
     assert not choose(work(32768, 2), 2, "nvlink", SINK_KERNEL_SLOWER).sink_in_kernel

@@ -12,7 +12,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from magi_sink_cp.dist.planning.kernel_calls import KernelCall
+from magi_sink_cp.dist.planning.exchange import Schedule
 from magi_sink_cp.dist.planning.layout import (
     BALANCED_CHUNKS,
     LAYOUTS,
@@ -21,7 +21,8 @@ from magi_sink_cp.dist.planning.layout import (
     zigzag,
 )
 from magi_sink_cp.dist.planning.mask import CAUSAL, FULL, visible_pairs
-from magi_sink_cp.dist.planning.schedule import Schedule, build_schedule
+from magi_sink_cp.dist.planning.packing import KernelCall
+from magi_sink_cp.dist.planning.schedule import build_schedule
 from tests.support.cases import offsets
 from tests.support.reference import document_mask
 

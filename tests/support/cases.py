@@ -205,8 +205,7 @@ def assert_close(result: dict[str, Tensor], expected: Truth, tolerance: float) -
 def assert_within_plain(
     result: dict[str, Tensor], expected: Truth, plain: dict[str, float], factor: float = 2.0
 ) -> None:
-    """Each error is at most ``factor`` times that of the same backend without a sink on the same
-    inputs.
+    """Each error is at most ``factor`` times the error of the same backend without a sink.
 
     dsink has no counterpart there: it inherits the error of out, which is rounded twice, by the
         kernel and by the merge (√2).

@@ -150,9 +150,9 @@ def close_pools() -> None:
 def run_on_ranks(
     num_ranks: int, body: Callable[..., Any], device_type: str = "cpu", **arguments: Any
 ) -> list[Any]:
-    """Run ``body`` on ``num_ranks`` ranks; returns what each returned (under torchrun.
+    """Run ``body`` on ``num_ranks`` ranks.
 
-    This rank's alone).
+    Returns what each rank returned; under torchrun, what this rank returned.
     """
     if under_torchrun():
         if device_type not in _torchrun_member:

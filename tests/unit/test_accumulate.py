@@ -24,10 +24,7 @@ EXACT = DEVICE == "cuda"  # Triton's interpreter cuts bf16 and fp16 off instead 
 
 
 def draw_terms(rows: int, spans, dtype, device):
-    """For each (start, stop).
-
-    A tensor with some rows more than the term takes, at its end or its beginning.
-    """
+    """For each (start, stop) a tensor with more rows than the term: at its end or its beginning."""
     generator = torch.Generator().manual_seed(rows)
     terms = []
     for number, (start, stop) in enumerate(spans):

@@ -1,7 +1,4 @@
-"""The operators under PyTorch's machinery, on the CPU.
-
-Torch.compile, opcheck, checkpointing, autocast, double backward.
-"""
+"""The operators on the CPU in torch.compile, opcheck, checkpointing, autocast, double backward."""
 
 from __future__ import annotations
 

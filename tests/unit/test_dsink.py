@@ -10,7 +10,7 @@ from magi_sink_cp.kernels.dsink import sink_gradient, sink_gradient_torch, sink_
 from magi_sink_cp.kernels.protocol import AttentionParams, RowDelta
 
 KERNELS = {"torch": sink_gradient_torch, "triton": sink_gradient_triton}
-if torch.cuda.is_available():  # there the Triton kernel is compiled, and tests/test_gpu.py runs it
+if torch.cuda.is_available():  # there the Triton kernel is compiled, and tests/gpu runs it
     del KERNELS["triton"]
 
 

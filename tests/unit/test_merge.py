@@ -14,7 +14,7 @@ from magi_sink_cp.ops import attention as ops
 from tests.support.cases import assert_close, make_case, run, truth
 
 KERNELS = {"torch": merge_torch, "triton": merge_triton}
-if torch.cuda.is_available():  # there the Triton kernel is compiled, and tests/test_gpu.py runs it
+if torch.cuda.is_available():  # there the Triton kernel is compiled, and tests/gpu runs it
     del KERNELS["triton"]
 
 

@@ -318,7 +318,7 @@ def test_a_broken_flash_attn_says_so(monkeypatch, tmp_path, kind):
 def flash_attn_3(softmax_d_index: int, num_returned: int) -> tuple[fa3._Library, list[dict]]:
     """The operators with the arguments of both builds.
 
-    Softmax_d is one of 5 or of 8 tensors, padded per document where varlen.
+    softmax_d is one of 5 or of 8 tensors. In a varlen call each document's part is padded.
     """
     seen: list[dict] = []
 

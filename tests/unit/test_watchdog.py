@@ -18,7 +18,7 @@ import torch
 from torch._C._distributed_c10d import ErrorType
 
 from magi_sink_cp.dist.guard import watchdog
-from magi_sink_cp.dist.planning.schedule import Exchange, Message
+from magi_sink_cp.dist.planning.exchange import Exchange, Message
 
 
 def exchange(number: int) -> Exchange:

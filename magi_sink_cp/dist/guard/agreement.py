@@ -168,7 +168,7 @@ class Agreement:
         """Whether every call is compared."""
         return self._group is not None and (always or self.in_every_call)
 
-    def reach(self, signature: Signature, what: str, always: bool = False) -> None:
+    def compare(self, signature: Signature, what: str, always: bool = False) -> None:
         """Raise on every rank unless all ranks have this signature."""
         if self._group is None:
             return
@@ -176,7 +176,7 @@ class Agreement:
             self._compare({"plan (sha256)": self._digest, **signature.content}, what)
             self._agreed.add(signature.key)
 
-    def tell(self, error: Exception, what: str, always: bool = False) -> None:
+    def report_error(self, error: Exception, what: str, always: bool = False) -> None:
         """Make the other ranks raise too, before the caller raises ``error``.
 
         On GPUs only while the ranks have agreed on nothing yet, unless ``always``: after that the

@@ -129,14 +129,12 @@ class _Watchdog:
             self._look()
 
     def _look(self) -> None:
-        now = (
-            time.monotonic()
-        )  # before the words are read: what finishes during a long look was not late
+        # Before the words are read: what finishes during a long look was not late.
+        now = time.monotonic()
         pending = [self._waiting.popleft() for _ in range(len(self._waiting))]
         pending = [expected for expected in pending if not self._through(expected)]
-        self._waiting.extendleft(
-            reversed(pending)
-        )  # in front of what was added meanwhile: the first holds up the rest
+        # In front of what was added meanwhile: the first holds up the rest.
+        self._waiting.extendleft(reversed(pending))
         first: dict[_Watched, _Expected] = {}
         for expected in pending:
             first.setdefault(expected.group, expected)
@@ -162,7 +160,7 @@ class _Watchdog:
     def _through(self, expected: _Expected) -> bool:
         """Whether the operation is done.
 
-        Of two that share a word the later number counts for both.
+        Two operations may share a word. The later number then counts for both.
         """
         return (
             expected.is_given_up()
@@ -174,17 +172,15 @@ def _error_of(backend: object) -> str | None:
     """Such as COMM_ERROR; None if the backend has noticed nothing, or is one that does not tell."""
     try:
         error = backend.get_error().name  # type: ignore[attr-defined]
-    except (
-        AttributeError,
-        RuntimeError,
-    ):  # torch's debug wrapper has the method for backends that have none
+    except (AttributeError, RuntimeError):
+        # torch's debug wrapper has the method for backends that have none.
         return None
     return None if error == "SUCCESS" else error
 
 
 def _report(what: object, waited_s: float, error: str) -> None:
     _say(
-        f"{what} is not through after {waited_s:.1f} s, and the backend of its cp group reports "
+        f"{what} has not finished after {waited_s:.1f} s, and the backend of its cp group reports "
         f"{error}: a rank of that group died, hangs, or cannot be reached."
     )
 
@@ -192,16 +188,14 @@ def _report(what: object, waited_s: float, error: str) -> None:
 def _hangs(what: object, waited_s: float) -> str:
     return (
         f"{what} did not finish within {waited_s:.0f} s: another rank died, hangs, made other "
-        "calls, "
-        "or skipped a backward."
+        "calls, or skipped a backward."
     )
 
 
 def _abort(what: object, waited_s: float) -> None:
     _say(
         f"{_hangs(what, waited_s)} This process ends now, because it or its GPU waits for what "
-        "will "
-        "not come."
+        "will not come."
     )
     os.abort()
 

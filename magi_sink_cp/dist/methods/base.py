@@ -1,8 +1,8 @@
-"""What a method of attention across ranks promises, and the request that it works on.
+"""The interface of a method, and the request that a method works on.
 
-A *method* is one algorithm. It resolves a checked call into a state of its own, once per kind of
-call, and has a forward and a backward. Adding one touches no file of another: write methods/NAME.py
-and name it in resolve.py.
+A *method* is one algorithm of attention across ranks. It turns a checked call into a state of its
+own, once per kind of call. It has a forward and a backward. To add one, write methods/NAME.py and
+name it in methods/choose.py.
 """
 
 from __future__ import annotations
@@ -27,9 +27,13 @@ class CallOptions(NamedTuple):
         sink_layout: "sh" or "ssh".
         softmax_scale: None is d^-1/2.
         window_size: (left, right), -1 is unlimited; right is 0 under a causal mask.
+        softcap: 0 is none.
+        deterministic: backward adds in a fixed order.
+        dsink_reduce: "none", "sum" or "mean" over the cp group.
         overlap_degree: None is "auto".
         grad_reduce_dtype: None is fp32 (fp64 for fp64 inputs).
         always_compare: checks == "always".
+        backend: of the kernels; "auto" or a name of backends().
     """
 
     sink_layout: str
@@ -74,6 +78,7 @@ class Request:
     Attributes:
         method, state: the algorithm and its state.
         group: the cp group, or None for one device.
+        cp_size: its ranks; 1 for one device.
         local_tokens, real_tokens: of the plan, per sample.
         batch_size: samples; 1 without a batch.
         params: mask and scores, as the kernels take them.
@@ -110,9 +115,8 @@ class Method(ABC):
     """One algorithm of attention across ranks.
 
     Shapes on a rank: T local tokens of all samples, H query heads, H_kv key/value heads, D
-        head_dim.
-    Sharded: q, out, dq (T, H, D); k, v, dk, dv (T, H_kv, D); lse (H, T). Replicated: sink
-    (s_sink, H); or sharded, (T, s_sink, H).
+    head_dim. Sharded are q, out and dq (T, H, D), k, v, dk and dv (T, H_kv, D), and lse (H, T).
+    The sink is replicated, (s_sink, H), or sharded, (T, s_sink, H).
     """
 
     name: str

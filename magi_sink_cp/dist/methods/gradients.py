@@ -1,7 +1,4 @@
-"""Sums of gradients that are computed in several places.
-
-Dq, dk and dv, and dsink over the ranks.
-"""
+"""Sums of gradients that are computed in several places: dq, dk and dv, and dsink over ranks."""
 
 from __future__ import annotations
 
@@ -82,7 +79,8 @@ class GradientSum:
 class SinkGradient:
     """dsink from the rows of each call, reduced over the ranks as ``dsink_reduce`` says."""
 
-    def __init__(self, sink: Tensor, lse: Tensor, request: Request, lanes: Lanes) -> None:
+    def __init__(self, sink: Tensor | None, lse: Tensor, request: Request, lanes: Lanes) -> None:
+        assert sink is not None, "a gradient is asked for of a sink that is there"
         self._sink, self._lse, self._request, self._lanes = sink, lse, request, lanes
         self._parts: list[tuple[slice, Tensor]] = []
         self._dsink: Tensor | None = None

@@ -10,10 +10,10 @@ import torch
 from torch import Tensor
 
 from magi_sink_cp.dist.bookkeeping import plain_tensors
-from magi_sink_cp.dist.planning.kernel_calls import KernelCall
+from magi_sink_cp.dist.planning.exchange import Exchange, Schedule
 from magi_sink_cp.dist.planning.layout import Range
 from magi_sink_cp.dist.planning.mask import CAUSAL, FULL
-from magi_sink_cp.dist.planning.schedule import Exchange, Schedule
+from magi_sink_cp.dist.planning.packing import KernelCall
 from magi_sink_cp.kernels.backends.fa4 import Fa4Backend
 from magi_sink_cp.kernels.protocol import (
     AttentionParams,
@@ -35,7 +35,7 @@ class BoundCall:
 
     Attributes:
         rows, keys: of q, and of the stage's keys.
-        owns_rows: as in :class:`~magi_sink_cp.dist.planning.kernel_calls.KernelCall`.
+        owns_rows: as in :class:`~magi_sink_cp.dist.planning.packing.KernelCall`.
         request: what the kernel is asked for. Without a Varlen the call is a dense batch of one.
     """
 

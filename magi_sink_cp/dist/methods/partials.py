@@ -13,6 +13,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
+from magi_sink_cp.dist.methods.lanes import Lanes
 from magi_sink_cp.dist.planning.layout import Range, union
 from magi_sink_cp.kernels.merge import MAX_PARTIALS, merge
 from magi_sink_cp.kernels.protocol import Partial, nothing_seen, stat_dtype
@@ -21,38 +22,35 @@ from magi_sink_cp.kernels.protocol import Partial, nothing_seen, stat_dtype
 class Partials:
     """Collects the partial results of one forward pass."""
 
-    def __init__(self, q: Tensor, is_padded: bool, merge_adds_sink: bool) -> None:
-        """``merge_adds_sink``: rows that no call has become 0 in the merge, and not before."""
-        self._q = q
-        zeroed = is_padded and not merge_adds_sink
+    def __init__(self, q: Tensor, is_padded: bool, sink: Tensor | None, lanes: Lanes) -> None:
+        """``sink``: what the merge has to add, once, to every row; None if the kernels add it."""
+        self._q, self._sink, self._lanes = q, sink, lanes
+        # Rows that no call has are padding. A merge that adds the sink makes them 0.
+        zeroed = is_padded and sink is None
         new = torch.zeros_like if zeroed else torch.empty_like
         self.out = new(q, memory_format=torch.contiguous_format)
         self._owned: list[Partial] = []
         self._others: list[Partial] = []
 
-    def add_owned(self, partial: Partial) -> None:
-        """Rows that no other owned partial has."""
-        self._owned.append(partial)
-
-    @property
-    def is_full(self) -> bool:
-        """Whether :meth:`fold` must come before another :meth:`add`."""
-        return len(self._others) == MAX_PARTIALS - 1
-
-    def add(self, partial: Partial) -> None:
-        """A further partial result of some rows."""
+    def add(self, partial: Partial, owns_rows: bool) -> None:
+        """A partial result of some rows; no other one owns them if this one does."""
+        if owns_rows:
+            self._owned.append(partial)
+            return
+        if len(self._others) == MAX_PARTIALS - 1:
+            self._lanes.join()
+            self._others = [self._folded()]
         self._others.append(partial)
 
-    def fold(self) -> None:
-        """Merge the further partial results into one of exact dtype."""
+    def _folded(self) -> Partial:
+        """The further partial results as one, in exact dtype."""
         start = min(partial.start for partial in self._others)
         exact = stat_dtype(self._q.dtype)
-        merged = merge(_seen_from(self._others, start), out_dtype=exact)
-        self._others = [Partial(*merged, start)]
+        return Partial(*merge(_seen_from(self._others, start), out_dtype=exact), start)
 
-    def finish(self, sink: Tensor | None) -> tuple[Tensor, Tensor]:
-        """out and lse of all rows. ``sink``: what the merge has to add, once, to every row."""
-        owned = self._put_together()
+    def finish(self) -> tuple[Tensor, Tensor]:
+        """out and lse of all rows, after the lanes have joined."""
+        owned, sink = self._put_together(), self._sink
         out, lse = owned.out, owned.lse
         done = 0
         for (start, stop), indices in clusters([_span(partial) for partial in self._others]):

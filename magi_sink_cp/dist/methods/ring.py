@@ -28,6 +28,7 @@ from torch import Tensor
 from magi_sink_cp.dist.methods.base import CheckedCall, Method, Request
 from magi_sink_cp.dist.methods.gradients import GradientSum, SinkGradient
 from magi_sink_cp.dist.methods.kernel_calls import (
+    BoundCall,
     BoundStage,
     bind,
     run_backward,
@@ -44,11 +45,11 @@ from magi_sink_cp.dist.planning.cost import (
     choose_overlap,
     make_work,
 )
+from magi_sink_cp.dist.planning.exchange import Exchange, Schedule
 from magi_sink_cp.dist.planning.layout import union
 from magi_sink_cp.dist.planning.mask import Window
-from magi_sink_cp.dist.planning.schedule import Exchange, Schedule, build_schedule
-from magi_sink_cp.dist.transport.base import Own, Transfer, Transport
-from magi_sink_cp.dist.transport.symmetric import SymmetricMemory
+from magi_sink_cp.dist.planning.schedule import build_schedule
+from magi_sink_cp.dist.transport.base import OwnCopies, Transfer, Transport
 from magi_sink_cp.kernels.backends.fa4 import Fa4Backend
 from magi_sink_cp.kernels.backends.registry import (
     BackendPolicy,
@@ -57,7 +58,13 @@ from magi_sink_cp.kernels.backends.registry import (
     select_backend,
 )
 from magi_sink_cp.kernels.caching import BoundedCache
-from magi_sink_cp.kernels.protocol import Backend, KernelRequest, stat_dtype
+from magi_sink_cp.kernels.protocol import (
+    Backend,
+    Gradients,
+    KernelRequest,
+    Partial,
+    stat_dtype,
+)
 
 
 @dataclass(frozen=True)
@@ -95,6 +102,22 @@ class RingState:
     def merges_partials(self) -> bool:
         """Whether any row has several partial results in forward."""
         return not all(call.owns_rows for stage in self.forward for call in stage.calls)
+
+    def attend(
+        self,
+        call: BoundCall,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        sink: Tensor | None,
+        exact_lse: bool,
+        out: Tensor | None,
+    ) -> Partial:
+        """One kernel call's partial result. With ``sink``, a call that owns its rows adds it."""
+        if sink is None or out is None:
+            return run_forward(call, self.backend, q, k, v, out)
+        assert self.sink_backend is not None, "kernels are given the sinks that they can add"
+        return run_forward_with_sink(call, self.sink_backend, q, k, v, sink, exact_lse, out)
 
     def lanes(self, stages: Sequence[BoundStage], two: bool, device: torch.device) -> Lanes:
         """Where the calls of one pass run."""
@@ -143,31 +166,20 @@ class Ring(Method):
     ) -> tuple[Tensor, Tensor]:
         state: RingState = request.state
         k, v = k.contiguous(), v.contiguous()
-        adding = state.sink_backend
-        partials = Partials(q, request.is_padded, merge_adds_sink=sink is not None and not adding)
+        kernel_sink, merge_sink = (None, sink) if state.sink_backend is None else (sink, None)
         exact_lse = want_lse or state.merges_partials  # what is merged must be finite
         lanes = state.lanes(state.forward, state.two_lanes[0], q.device)
+        partials = Partials(q, request.is_padded, merge_sink, lanes)
         with InFlight(state.transport) as flight, lanes:
             for stage, k_stage, v_stage in stages_in_order(k, v, state.forward, flight, lanes):
                 for call in stage.calls:
-                    if not call.owns_rows:
-                        with lanes.turn():
-                            partial = run_forward(call, state.backend, q, k_stage, v_stage, None)
-                        if partials.is_full:
-                            lanes.join()
-                            partials.fold()
-                        partials.add(partial)
-                        continue
-                    out = partials.out[call.rows]
+                    out = partials.out[call.rows] if call.owns_rows else None
                     with lanes.turn():
-                        if adding is None or sink is None:
-                            partial = run_forward(call, state.backend, q, k_stage, v_stage, out)
-                        else:
-                            partial = run_forward_with_sink(
-                                call, adding, q, k_stage, v_stage, sink, exact_lse, out
-                            )
-                    partials.add_owned(partial)
-        return partials.finish(None if adding is not None else sink)
+                        partial = state.attend(
+                            call, q, k_stage, v_stage, kernel_sink, exact_lse, out
+                        )
+                    partials.add(partial, call.owns_rows)
+        return partials.finish()
 
     def backward(
         self,
@@ -184,61 +196,95 @@ class Ring(Method):
     ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
         state: RingState = request.state
         k, v = k.contiguous(), v.contiguous()
-        stages = state.backward
-        lanes = state.lanes(stages, state.two_lanes[1], q.device)
-        # Where every row has been seen: the same stage on every rank, as collectives match by
-        # order.
-        dsink_stage = stages[0 if state.overlap_degrees[1] > 0 else -1]
-        new = torch.zeros_like if request.is_padded else torch.empty_like  # no call has the padding
-        owned_dq = new(q, memory_format=torch.contiguous_format)
+        lanes = state.lanes(state.backward, state.two_lanes[1], q.device)
         with InFlight(state.transport) as flight, lanes:
-            dq = GradientSum(q, stat_dtype(q.dtype), lanes)
-            dk, dv = (GradientSum(x, request.grad_reduce_dtype, lanes) for x in (k, v))
-            dq.add_rows(owned_dq, (0, q.shape[0]))
-            dsink = None
-            if needs_dsink and sink is not None:
-                dsink = SinkGradient(sink, lse, request, lanes)
-            coming_home: _ComingHome | None = None
-            for stage, k_stage, v_stage in stages_in_order(k, v, stages, flight, lanes):
-                stage_sums = dk, dv
-                if not stage.local:  # gradients of others' keys are put together to travel
-                    dtype = request.grad_reduce_dtype
-                    stage_sums = (
-                        GradientSum(k_stage, dtype, lanes), GradientSum(v_stage, dtype, lanes)
-                    )  # fmt: skip
+            dsink = SinkGradient(sink, lse, request, lanes) if needs_dsink else None
+            sums = _RingGradients(request, q, k, v, dsink, flight, lanes)
+            for stage, k_stage, v_stage in stages_in_order(k, v, state.backward, flight, lanes):
+                sums.begin(stage, k_stage, v_stage)
                 for call in stage.calls:
-                    target = owned_dq if call.owns_rows else None
                     with lanes.turn():
                         grads = run_backward(
-                            call, state.backend, dout, dlse, q, k_stage, v_stage, out, lse, target
-                        )
+                            call, state.backend, dout, dlse, q, k_stage, v_stage, out, lse,
+                            sums.owned_dq if call.owns_rows else None,
+                        )  # fmt: skip
                         if call.owns_rows and dsink is not None:
                             dsink.add(grads.delta, out, dout, dlse, call.rows)
-                    stage_sums[0].add_rows(grads.dk, call.key_range)
-                    stage_sums[1].add_rows(grads.dv, call.key_range)
-                    if not call.owns_rows:
-                        dq.add_rows(grads.dq, call.row_range)
-                leaving = None if stage.local else _ComingHome(stage, stage_sums, flight, dk, dv)
-                if dsink is not None and stage is dsink_stage:
-                    dsink.reduce()
-                if stage is not stages[-1]:
-                    dq.fold()
-                if coming_home is not None:
-                    coming_home.arrive()
-                    dk.fold()
-                    dv.fold()
-                    coming_home.release()
-                coming_home = leaving
-            grad_q = dq.result()  # while the last gradients travel
-            if coming_home is not None:
-                coming_home.arrive()
-            grad_k, grad_v = dk.result(), dv.result()
-            if coming_home is not None:
-                coming_home.release()
-            return grad_q, grad_k, grad_v, None if dsink is None else dsink.result()
+                    sums.add(call, grads)
+                sums.end(stage)
+            return sums.results()
 
 
-RING = Ring()
+class _RingGradients:
+    """dq, dk and dv of one backward pass, stage by stage."""
+
+    def __init__(
+        self,
+        request: Request,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        dsink: SinkGradient | None,
+        flight: InFlight,
+        lanes: Lanes,
+    ) -> None:
+        state: RingState = request.state
+        self._dtype, self._lanes, self._flight = request.grad_reduce_dtype, lanes, flight
+        # Rows that no call has are padding.
+        new = torch.zeros_like if request.is_padded else torch.empty_like
+        self.owned_dq = new(q, memory_format=torch.contiguous_format)
+        self._dq = GradientSum(q, stat_dtype(q.dtype), lanes)
+        self._dq.add_rows(self.owned_dq, (0, q.shape[0]))
+        self._dk, self._dv = self._sums(k, v)
+        self._dsink = dsink
+        # The stage after which every row was seen. It is the same on every rank: collectives match
+        # by order.
+        self._dsink_stage = state.backward[0 if state.overlap_degrees[1] > 0 else -1]
+        self._last_stage = state.backward[-1]
+        self._stage_sums = self._dk, self._dv
+        self._coming_home: _ComingHome | None = None
+
+    def _sums(self, k: Tensor, v: Tensor) -> tuple[GradientSum, GradientSum]:
+        return GradientSum(k, self._dtype, self._lanes), GradientSum(v, self._dtype, self._lanes)
+
+    def begin(self, stage: BoundStage, k_stage: Tensor, v_stage: Tensor) -> None:
+        """Gradients of others' keys are put together to travel; own keys' go where they belong."""
+        own = self._dk, self._dv
+        self._stage_sums = own if stage.local else self._sums(k_stage, v_stage)
+
+    def add(self, call: BoundCall, grads: Gradients) -> None:
+        """The gradients of one kernel call."""
+        dk, dv = self._stage_sums
+        dk.add_rows(grads.dk, call.key_range)
+        dv.add_rows(grads.dv, call.key_range)
+        if not call.owns_rows:
+            self._dq.add_rows(grads.dq, call.row_range)
+
+    def end(self, stage: BoundStage) -> None:
+        """Send the stage's dk and dv home, and take in what the stage before brings home."""
+        leaving = None
+        if not stage.local:
+            leaving = _ComingHome(stage, self._stage_sums, self._flight, self._dk, self._dv)
+        if self._dsink is not None and stage is self._dsink_stage:
+            self._dsink.reduce()
+        if stage is not self._last_stage:
+            self._dq.fold()
+        if self._coming_home is not None:
+            self._coming_home.arrive()
+            self._dk.fold()
+            self._dv.fold()
+            self._coming_home.release()
+        self._coming_home = leaving
+
+    def results(self) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+        """dq, dk, dv and dsink."""
+        dq = self._dq.result()  # while the last gradients travel
+        if self._coming_home is not None:
+            self._coming_home.arrive()
+        dk, dv = self._dk.result(), self._dv.result()
+        if self._coming_home is not None:
+            self._coming_home.release()
+        return dq, dk, dv, None if self._dsink is None else self._dsink.result()
 
 
 class _ComingHome:
@@ -278,7 +324,7 @@ class InFlight:
         self._transport = transport
         self._transfers: list[Transfer] = []
 
-    def start(self, tensors: Sequence[Tensor], exchange: Exchange, own: Own = ()) -> Transfer:
+    def start(self, tensors: Sequence[Tensor], exchange: Exchange, own: OwnCopies = ()) -> Transfer:
         """Transport.start."""
         assert self._transport is not None, "a plan with travelling stages has a transport"
         transfer = self._transport.start(tensors, exchange, own)
@@ -326,8 +372,7 @@ class RingPlan:
         self._cp_size = plan.cp_size
         transport = plan.transport
         self._routed = transport is not None and transport.needs_route
-        nvlink = isinstance(transport, SymmetricMemory) and transport.missing_nvlink is None
-        self._link = "nvlink" if nvlink else "network"
+        self._link = "network" if transport is None else transport.link
         self._schedules: BoundedCache[tuple[object, ...], Schedule] = BoundedCache(64)
         self._overlaps: BoundedCache[tuple[object, ...], Overlap] = BoundedCache(64)
 

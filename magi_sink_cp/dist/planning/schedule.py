@@ -28,9 +28,9 @@ from __future__ import annotations
 
 from bisect import bisect_left, bisect_right
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
-from magi_sink_cp.dist.planning.kernel_calls import KernelCall, make_kernel_calls
+from magi_sink_cp.dist.planning.exchange import Exchange, Message, Schedule, Stage
 from magi_sink_cp.dist.planning.layout import Range, RankRanges, intersection, num_tokens, union
 from magi_sink_cp.dist.planning.mask import (
     Segment,
@@ -40,107 +40,8 @@ from magi_sink_cp.dist.planning.mask import (
     reach,
     visible_pairs,
 )
-
-
-@dataclass(frozen=True)
-class Message:
-    """Tokens to or from another cp rank.
-
-    Attributes:
-        peer: the other cp rank.
-        tokens: a range of the tensor that is sent, or of the buffer that receives.
-    """
-
-    peer: int
-    tokens: Range
-
-
-@dataclass(frozen=True)
-class Route:
-    """What a rank must know of the others' buffers to write into them.
-
-    The buffers of exchanges that can be in flight at once stand side by side in an arena, at the
-    same place on every rank.
-
-    Attributes:
-        places: for each of the exchange's sends, the token of the peer's buffer where it begins.
-        parts: tokens of each part of the arena: the largest buffer of any rank.
-        part: index of the part that the exchange fills.
-    """
-
-    places: tuple[int, ...]
-    parts: tuple[int, ...]
-    part: int
-
-
-@dataclass(frozen=True)
-class Exchange:
-    """What a rank sends and receives at once. Both peers list their messages in the same order.
-
-    Attributes:
-        name: what errors call it.
-        sends, receives: the messages.
-        buffer_tokens: size of the buffer that receives.
-        route: only for transports that need it.
-    """
-
-    name: str
-    sends: tuple[Message, ...]
-    receives: tuple[Message, ...]
-    buffer_tokens: int
-    route: Route | None = None
-
-    @property
-    def sent_tokens(self) -> int:
-        return sum(m.tokens[1] - m.tokens[0] for m in self.sends)
-
-    @property
-    def received_tokens(self) -> int:
-        return sum(m.tokens[1] - m.tokens[0] for m in self.receives)
-
-    def __str__(self) -> str:
-        sources = sorted({m.peer for m in self.receives})
-        targets = sorted({m.peer for m in self.sends})
-        return f"{self.name} (from cp ranks {sources}, to cp ranks {targets})"
-
-
-@dataclass(frozen=True)
-class Stage:
-    """Keys that come together, and the kernel calls over them.
-
-    Attributes:
-        local: it reads the rank's own keys in place; nothing travels, on any rank.
-        calls: the kernel calls.
-        cast: brings the other ranks' keys into the buffer.
-        own: (local keys, their place in the buffer), if the stage reads own keys beside others'.
-        reduce: brings home the gradients that other ranks computed for what this one sent, back to
-            back in the order of ``cast.sends``.
-    """
-
-    local: bool
-    calls: tuple[KernelCall, ...]
-    cast: Exchange
-    own: tuple[tuple[Range, Range], ...]
-    reduce: Exchange
-
-
-@dataclass(frozen=True)
-class Schedule:
-    """All stages of one rank under one mask, in order."""
-
-    stages: tuple[Stage, ...]
-
-    @property
-    def sent_tokens(self) -> int:
-        return sum(stage.cast.sent_tokens for stage in self.stages)
-
-    @property
-    def received_tokens(self) -> int:
-        return sum(stage.cast.received_tokens for stage in self.stages)
-
-    @property
-    def kernel_calls(self) -> list[KernelCall]:
-        return [call for stage in self.stages for call in stage.calls]
+from magi_sink_cp.dist.planning.packing import KernelCall, make_kernel_calls
+from magi_sink_cp.dist.planning.routes import add_routes
 
 
 def build_schedule(
@@ -169,7 +70,7 @@ def build_schedule(
     if not routed:
         return sequence.schedule(rank, overlap_degree)
     schedules = [sequence.schedule(other, overlap_degree) for other in range(len(layout))]
-    return _add_routes(schedules, rank)
+    return add_routes(schedules, rank)
 
 
 @dataclass(frozen=True)
@@ -192,7 +93,7 @@ def typical_share(
 ) -> Share:
     """The mean over the ranks of what travels, and the smallest alone_pairs.
 
-    The others wait for it.
+    The smallest, as the rank with least to compute meanwhile waits longest for its keys.
     """
     sequence = _Sequence(layout, documents, window_size)
     shares = [sequence.share(rank) for rank in range(len(layout))]
@@ -208,35 +109,6 @@ def rank_pairs(
 ) -> int:
     """Visible (query, key) pairs of the rank's rows, over all keys of the sequence."""
     return _Sequence(layout, documents, window_size).pairs(rank)
-
-
-def _add_routes(schedules: Sequence[Schedule], rank: int) -> Schedule:
-    """The schedule of ``rank`` with routes, from the schedules of all ranks.
-
-    A stage's buffer lies beside that of the stage before, which may still be read. So do the
-    gradients of two stages.
-    """
-    travelling = [n for n, stage in enumerate(schedules[rank].stages) if not stage.local]
-    slots = min(2, len(travelling))
-    parts: list[int] = []
-    for kind in ("cast", "reduce"):
-        sizes = (getattr(s.stages[n], kind).buffer_tokens for s in schedules for n in travelling)
-        parts += [max(sizes, default=0)] * slots
-
-    def routed(number: int, kind: str) -> Exchange:
-        exchange: Exchange = getattr(schedules[rank].stages[number], kind)
-        waiting: dict[int, list[int]] = {}
-        for peer in {message.peer for message in exchange.sends}:
-            theirs = getattr(schedules[peer].stages[number], kind).receives
-            waiting[peer] = [m.tokens[0] for m in theirs if m.peer == rank]
-        places = tuple(waiting[message.peer].pop(0) for message in exchange.sends)
-        part = travelling.index(number) % slots + (0 if kind == "cast" else slots)
-        return replace(exchange, route=Route(places, tuple(parts), part))
-
-    stages = list(schedules[rank].stages)
-    for n in travelling:
-        stages[n] = replace(stages[n], cast=routed(n, "cast"), reduce=routed(n, "reduce"))
-    return Schedule(tuple(stages))
 
 
 @dataclass(frozen=True)

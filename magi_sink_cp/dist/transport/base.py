@@ -1,6 +1,6 @@
 """What a transport promises: moving keys to the ranks that need them, and their gradients home.
 
-A transport carries out one :class:`~magi_sink_cp.dist.planning.schedule.Exchange` after the other.
+A transport carries out one :class:`~magi_sink_cp.dist.planning.exchange.Exchange` after the other.
 Every rank of the group starts the same ones in the same order, as with any collective. p2p.py does
 it over torch.distributed; symmetric.py writes to the peers' memory itself.
 """
@@ -13,10 +13,11 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
+from magi_sink_cp.dist.planning.exchange import Exchange
 from magi_sink_cp.dist.planning.layout import Range
-from magi_sink_cp.dist.planning.schedule import Exchange
 
-Own = Sequence[tuple[Range, Range]]
+# (tokens of the tensors that are sent, tokens of the buffers) that a rank copies for itself.
+OwnCopies = Sequence[tuple[Range, Range]]
 
 
 class Transfer(ABC):
@@ -78,12 +79,17 @@ class Transport(ABC):
     # Whether start() needs the exchange's route.
     needs_route = False
 
+    @property
+    def link(self) -> str:
+        """Over what the keys travel: a key of planning/cost.py's LINK."""
+        return "network"
+
     @abstractmethod
     def fail(self) -> None:
         """A pass failed on this rank; its transfers have been abandoned."""
 
     @abstractmethod
-    def start(self, tensors: Sequence[Tensor], exchange: Exchange, own: Own = ()) -> Transfer:
+    def start(self, tensors: Sequence[Tensor], exchange: Exchange, own: OwnCopies = ()) -> Transfer:
         """Send each tensor's ``exchange.sends`` and receive into the transfer's buffers.
 
         Args:

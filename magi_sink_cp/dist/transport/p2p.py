@@ -11,8 +11,8 @@ from torch.distributed import ProcessGroup
 
 from magi_sink_cp.dist.guard.agreement import GroupRef
 from magi_sink_cp.dist.guard.watchdog import Communication
-from magi_sink_cp.dist.planning.schedule import Exchange, Message
-from magi_sink_cp.dist.transport.base import Own, Transfer, Transport
+from magi_sink_cp.dist.planning.exchange import Exchange, Message
+from magi_sink_cp.dist.transport.base import OwnCopies, Transfer, Transport
 
 
 class PointToPoint(Transport):
@@ -26,7 +26,7 @@ class PointToPoint(Transport):
         self.name = name
         self._group = GroupRef(group)
 
-    def start(self, tensors: Sequence[Tensor], exchange: Exchange, own: Own = ()) -> Transfer:
+    def start(self, tensors: Sequence[Tensor], exchange: Exchange, own: OwnCopies = ()) -> Transfer:
         buffers = [x.new_empty(exchange.buffer_tokens, *x.shape[1:]) for x in tensors]
         group = self._group()
         operations = _operations(dist.irecv, buffers, exchange.receives, group)
@@ -38,10 +38,7 @@ class PointToPoint(Transport):
         return transfer
 
     def fail(self) -> None:
-        """No clean-up is needed.
-
-        Two ranks match messages by order, and all started ones completed.
-        """
+        """Nothing is left over: ranks match messages by order, and all that started completed."""
 
 
 class _PointToPointTransfer(Transfer):

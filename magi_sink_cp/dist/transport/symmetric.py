@@ -37,8 +37,8 @@ from torch.distributed import ProcessGroup
 from magi_sink_cp.dist import driver
 from magi_sink_cp.dist.guard.agreement import GroupRef, collect
 from magi_sink_cp.dist.guard.watchdog import Communication, watch
-from magi_sink_cp.dist.planning.schedule import Exchange
-from magi_sink_cp.dist.transport.base import Own, Transfer, Transport
+from magi_sink_cp.dist.planning.exchange import Exchange
+from magi_sink_cp.dist.transport.base import OwnCopies, Transfer, Transport
 from magi_sink_cp.dist.transport.rendezvous import rendezvous
 from magi_sink_cp.kernels.caching import BoundedCache
 from magi_sink_cp.kernels.protocol import NotUsableError
@@ -89,9 +89,9 @@ class _Copied(NamedTuple):
 
 @dataclass
 class _Part:
-    """Bytes [begin, end) of the arena, free after an event.
+    """Bytes [begin, end) of the arena. They are free after the event ``free``.
 
-    None while the transfer is unreleased.
+    ``free`` is None until the transfer is released.
     """
 
     begin: int
@@ -111,9 +111,8 @@ class SymmetricMemory(Transport):
     def __init__(
         self, rank: int, cp_size: int, streams: Streams, missing_nvlink: str | None = None
     ) -> None:
-        self.missing_nvlink = (
-            missing_nvlink  # why copies go another way, equal on all ranks, or None
-        )
+        # Why copies go another way than NVLink, or None. Equal on all ranks.
+        self.missing_nvlink = missing_nvlink
         self._rank = rank
         self._streams = streams
         self._lock = threading.Lock()
@@ -124,6 +123,10 @@ class SymmetricMemory(Transport):
         self._parts: list[_Part] = []
         # Packed documents make buffers of ever new sizes.
         self._views: BoundedCache[tuple[object, ...], Tensor] = BoundedCache(_MOST_VIEWS)
+
+    @property
+    def link(self) -> str:
+        return "nvlink" if self.missing_nvlink is None else "network"
 
     @property
     def num_bytes(self) -> int:
@@ -143,15 +146,14 @@ class SymmetricMemory(Transport):
         """All ranks are known to have started as many exchanges."""
         self._failed = False
 
-    def start(self, tensors: Sequence[Tensor], exchange: Exchange, own: Own = ()) -> Transfer:
+    def start(self, tensors: Sequence[Tensor], exchange: Exchange, own: OwnCopies = ()) -> Transfer:
         route, streams = exchange.route, self._streams
         streams.check()
-        assert route is not None, "the plan adds routes for transports that need them"
+        assert route is not None, "schedules have routes for transports that need them"
         if self._failed:
             raise RuntimeError(
                 "an earlier call over this cp group failed on this rank, and the ranks may be out "
-                "of "
-                "step: make a new plan with make_cp_plan on every rank, which finds out"
+                "of step: make a new plan with make_cp_plan on every rank, which finds out"
             )
         token_bytes = [x.element_size() * math.prod(x.shape[1:]) for x in tensors]
         part_bytes = [
@@ -183,7 +185,7 @@ class SymmetricMemory(Transport):
                 exchange, buffers, list(tensors), streams, self._count, filled, sent, arrivals, part
             )
 
-    def _copy_own(self, copied: _Copied, own: Own, inputs: object) -> object:
+    def _copy_own(self, copied: _Copied, own: OwnCopies, inputs: object) -> object:
         """Copy own tokens into this rank's buffers.
 
         Returns the event after which they are there.
@@ -355,8 +357,7 @@ class _Cuda:
         if torch.cuda.is_current_stream_capturing():
             raise RuntimeError(
                 "symm_mem counts its transfers and cannot be captured in a CUDA graph; make the "
-                "plan "
-                "with transport='nccl'"
+                "plan with transport='nccl'"
             )
 
     def allocate(self, num_bytes: int) -> Arena:
@@ -384,9 +385,8 @@ class _Cuda:
             assert buffer is not None, "there was no reason against it"
             with _without_multicast():
                 handle = rendezvous(buffer, group, records[0]["name"])
-            offset = (
-                buffer.data_ptr() - handle.buffer_ptrs[rank]
-            )  # torch may have put it into a larger block
+            # torch may have put the buffer into a larger block.
+            offset = buffer.data_ptr() - handle.buffer_ptrs[rank]
         except Exception as error:
             reason = (
                 f"mapping symmetric memory of the other ranks: {type(error).__name__}: {error}"[

@@ -1,6 +1,6 @@
-"""The ``aten`` backend.
+"""The ``aten`` backend: PyTorch's own FlashAttention-2 kernels.
 
-The FlashAttention-2 kernels inside PyTorch, on any CUDA GPU from sm_80, with no other package.
+They run on any CUDA GPU from sm_80, and need no other package.
 """
 
 from __future__ import annotations

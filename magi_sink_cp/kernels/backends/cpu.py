@@ -293,7 +293,7 @@ def _forward_document(
 ) -> None:
     """Write out (T, H, D) and lse (H, T) of the rows that see a key.
 
-    The others keep what they hold.
+    Other rows of ``out`` and ``lse`` keep their values.
     """
     heads_kv, shift = k.shape[1], k.shape[0] - q.shape[0]
     keys_first = [x.to(lse.dtype).transpose(0, 1).contiguous() for x in (k, v)]

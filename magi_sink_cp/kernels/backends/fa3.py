@@ -315,7 +315,7 @@ def _library() -> _Library:
 def _load() -> tuple[str, bool]:
     """Register torch.ops.flash_attn_3.
 
-    Returns where from and whether softcap and fp8 were compiled in.
+    Returns where the operators come from, and whether softcap and fp8 were compiled in.
     """
     if _registered():
         return "operators registered by another package", not _is_xformers_loaded()

@@ -176,8 +176,7 @@ def check_flash_2_window(q: Tensor, k: Tensor, request: KernelRequest) -> None:
         raise ValueError(
             f"FlashAttention-2 computes another mask for window_size={request.params.window_size} "
             f"with {num_q} queries and {num_k} keys. Pack the batch (cu_seqlens), which it "
-            "computes "
-            "right, or use FlashAttention-3"
+            "computes right, or use FlashAttention-3"
         )
 
 

@@ -188,9 +188,9 @@ def _select(
 def _select_drop_in(
     policy: BackendPolicy, q: Tensor, request: KernelRequest, head_dim_v: int | None
 ) -> Backend:
-    """CPU tensors: cpu. fa2: flash_attn, else PyTorch's own. fa3, fa4.
+    """The backend of a drop-in function: cpu, the family's own, or the fallback.
 
-    Theirs, then the fallback.
+    The family fa2 is flash_attn where it is installed, else PyTorch's FlashAttention-2.
     """
     family = policy.backend
     failure = f"no kernel of the {family} functions can run this call"
