@@ -12,7 +12,7 @@ from magi_sink_cp.cp_attention import cp_attention_with_sink
 from magi_sink_cp.dist.plan import CPPlan
 from magi_sink_cp.dist.resolve import DSINK_REDUCTIONS
 from magi_sink_cp.kernels.backends.registry import check_backend_name
-from magi_sink_cp.kernels.checks import FLOATS, as_float, make_params
+from magi_sink_cp.kernels.checks import FLOATS, as_count, as_float, make_params
 
 
 class SinkAttention(nn.Module):
@@ -54,9 +54,7 @@ class SinkAttention(nn.Module):
         dtype: torch.dtype | None = torch.float32,
     ) -> None:
         super().__init__()
-        for name, value in (("num_heads", num_heads), ("num_sinks", num_sinks)):
-            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-                raise ValueError(f"{name} must be an int >= 1, got {value!r}")
+        num_heads, num_sinks = as_count("num_heads", num_heads), as_count("num_sinks", num_sinks)
         allowed = (None, *FLOATS)
         if dtype not in allowed:
             raise TypeError(f"dtype must be one of {allowed}, got {dtype!r}")

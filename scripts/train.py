@@ -53,6 +53,8 @@ FP32_TOLERANCE = 1e-5  # relative, per step, between context-parallel and single
 BF16_ROUNDING = 2**-9
 # Single-rank runs whose mean is compared with, and twice whose spread is allowed.
 GPU_REFERENCES = 8
+NOT_SETTINGS = ("documents", "verify", "resume", "out")
+NOT_GIVEN = object()
 INTERRUPTED = 130  # the exit code of a shell command that Ctrl-C ended
 
 
@@ -72,6 +74,9 @@ def main() -> int:
         group = dist.group.WORLD
     try:
         return run(args, group, device)
+    except KeyboardInterrupt:  # after training, whose end has been saved
+        print("interrupted", file=sys.stderr)
+        return INTERRUPTED
     finally:
         if under_torchrun:
             dist.destroy_process_group()
@@ -90,6 +95,10 @@ def parse_arguments() -> argparse.Namespace:
         if getattr(args, name) < 1:
             option = f"--{name.replace('_', '-')}"
             parser.error(f"{option} must be at least 1, got {getattr(args, name)}")
+    if args.checkpoint_every < 0:
+        parser.error(f"--checkpoint-every must be at least 0, got {args.checkpoint_every}")
+    if not 0 <= args.seed < 2**63:
+        parser.error(f"--seed must be from 0 to 2^63 - 1, got {args.seed}")
     if args.seq_len < 2:
         parser.error(f"--seq-len must be at least 2: a byte to predict, got {args.seq_len}")
     if args.head_dim % 2:
@@ -133,12 +142,18 @@ def make_parser() -> argparse.ArgumentParser:
     add("--backend", default="auto", help="attention backend, see magi_sink_cp.backends()")
     text = "also train one rank on the whole sequence, and fail unless the losses agree"
     add("--verify", action="store_true", help=text)
-    add("--out", type=Path, help="folder to write to; None: runs/<time>")
+    add("--out", type=folder_name, help="folder to write to; None: runs/<time>")
     text = "save after so many steps; 0: at the end, and after Ctrl-C"
     add("--checkpoint-every", type=int, default=0, help=text)
-    text = "folder of an earlier run: go on with its settings (--steps may be given anew)"
-    add("--resume", type=Path, help=text)
+    text = "folder of an earlier run: go on with its settings (--steps and --checkpoint-every anew)"
+    add("--resume", type=folder_name, help=text)
     return parser
+
+
+def folder_name(text: str) -> Path:
+    if not text:
+        raise argparse.ArgumentTypeError("must name a folder, got ''")
+    return Path(text)
 
 
 def settings_of(parser: argparse.ArgumentParser, args: argparse.Namespace) -> argparse.Namespace:
@@ -146,9 +161,24 @@ def settings_of(parser: argparse.ArgumentParser, args: argparse.Namespace) -> ar
     path = args.resume / "settings.json"
     if not path.is_file() or not (args.resume / "checkpoint").is_dir():
         parser.error(f"--resume {args.resume} holds no settings.json and checkpoint/ of a run")
-    settings = json.loads(path.read_text())
-    if args.steps != parser.get_default("steps"):
-        settings["steps"] = args.steps
+    try:
+        settings = json.loads(path.read_text())
+        settings = {name: settings[name] for name in vars(args) if name not in NOT_SETTINGS}
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        parser.error(f"--resume {args.resume}: settings.json cannot be read: {error!r}")
+    # argparse leaves a name alone that the namespace has already.
+    blank = argparse.Namespace(**dict.fromkeys(vars(args), NOT_GIVEN))
+    for name, value in vars(parser.parse_args(namespace=blank)).items():
+        if value is NOT_GIVEN or name in ("resume", "verify"):
+            continue
+        if name in ("steps", "checkpoint_every"):
+            settings[name] = value
+        elif name == "out" or settings[name] != value:
+            option = f"--{name.replace('_', '-')}"
+            parser.error(
+                f"{option} {value} cannot be given with --resume, which goes on with "
+                f"{args.resume if name == 'out' else settings[name]}: leave it out, or start anew"
+            )
     return argparse.Namespace(**settings, verify=args.verify, resume=args.resume, out=args.resume)
 
 
@@ -190,9 +220,10 @@ def prepare_folder(args: argparse.Namespace) -> str | None:
     """Make --out before anything is computed; why that is not possible, or None."""
     folder: Path = args.out
     if args.resume is None and (folder / "metrics.csv").exists():
-        return f"--out {folder} holds another run: choose a new folder, or --resume {folder}"
-    not_settings = {"documents", "verify", "resume", "out"}
-    settings = {name: value for name, value in vars(args).items() if name not in not_settings}
+        has_checkpoint = (folder / "checkpoint").is_dir()
+        instead = f", or --resume {folder}" if has_checkpoint else "; it saved no checkpoint"
+        return f"--out {folder} holds another run: choose a new folder{instead}"
+    settings = {name: value for name, value in vars(args).items() if name not in NOT_SETTINGS}
     try:
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "settings.json").write_text(json.dumps(settings, indent=1))

@@ -20,6 +20,9 @@ def install() -> None:
     known = sys.modules.get(NAME)
     if known is not None and getattr(known, "__magi_sink_cp__", False):
         return
+    if known is not None and getattr(known.__spec__, "origin", "a file") is None:
+        del sys.modules[NAME]  # an empty folder of that name
+        known = None
     where = real_location() if known is None else getattr(known, "__file__", None)
     if known is not None or where is not None:
         raise RuntimeError(

@@ -40,6 +40,9 @@ class _ExtensionLoader(Loader):
         module.__doc__ = f"The functions of {source_name} under the name of MagiAttention's module."
         module.__dict__.update({name: getattr(source, name) for name in names})
         module.__dict__["__all__"] = names
+        if module.__name__ == NAME:  # as upstream, whose package imports its modules
+            for name in _MODULES:
+                importlib.import_module(name)
         module.__dict__["__magi_sink_cp__"] = True
 
 

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import itertools
+import numbers
 import weakref
-from collections import deque
 from collections.abc import Sequence
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import torch
 import torch.distributed as dist
@@ -38,6 +38,7 @@ from magi_sink_cp.kernels.checks import (
     check_offsets,
     read_cu_seqlens,
     refuse_dtensor,
+    refuse_forward_mode,
 )
 
 UNSHARD = "CPPlan.unshard (or shard's backward)"
@@ -226,10 +227,12 @@ class CPPlan:
                 a gradient; or a gradient is needed and the group has no backend for x's device, or
                 x is on another GPU than the plan.
         """
-        if isinstance(fill, bool) or not isinstance(fill, (int, float)):
+        if isinstance(fill, bool) or not isinstance(fill, numbers.Real):
             raise TypeError(f"fill must be a number, got {fill!r}")
+        fill = float(fill)
         if not torch.compiler.is_compiling():
             self.check_size(x, dim, self.total_tokens, "total_tokens")
+            _check_fill(fill, x.dtype)
         if x.requires_grad and torch.is_grad_enabled():
             if fill != 0:
                 raise ValueError(
@@ -258,6 +261,7 @@ class CPPlan:
     def check_unshard(self, x: Tensor, dim: int) -> None:
         """Raise, on every rank, unless x can be unsharded along ``dim``."""
         try:
+            refuse_forward_mode(UNSHARD)
             self.check_size(x, dim, self.local_tokens, "local_tokens")
             self._check_can_travel(x)
             if x.is_cuda and self.group is not None:
@@ -309,8 +313,10 @@ class CPPlan:
 
 _numbers = itertools.count(1)
 _plans: weakref.WeakValueDictionary[int, CPPlan] = weakref.WeakValueDictionary()
-# Plans that an operator has used lately: its backward may come after the caller has let them go.
-_used_lately: deque[CPPlan] = deque(maxlen=64)
+# Plans that an operator has used lately, the latest last. In a compiled graph its backward may come
+# after the caller has let them go.
+_used_lately: dict[CPPlan, None] = {}
+_KEPT = 64
 
 
 def plan_of(handle: Tensor) -> CPPlan:
@@ -330,9 +336,30 @@ def plan_of(handle: Tensor) -> CPPlan:
             f"the CPPlan of handle {int(handle)} is gone: keep a reference to the plan until its "
             "last backward"
         )
-    if not _used_lately or _used_lately[-1] is not plan:
-        _used_lately.append(plan)
+    _used_lately.pop(plan, None)
+    _used_lately[plan] = None
+    if len(_used_lately) > _KEPT:
+        _used_lately.pop(next(iter(_used_lately)), None)
     return plan
+
+
+def keep_plan(ctx: Any, handle: Tensor) -> None:
+    """Keep the plan alive until the backward of ``ctx``. A tracer's handle stands for no plan."""
+    if type(handle) is Tensor:
+        ctx.plan = plan_of(handle)
+
+
+def _check_fill(fill: float, dtype: torch.dtype) -> None:
+    """Raise unless ``dtype`` can hold ``fill``, on ranks without padding too."""
+    if dtype == torch.bool:
+        fits = fill in (0, 1)
+    elif dtype.is_floating_point or dtype.is_complex:
+        fits = True
+    else:
+        info = torch.iinfo(dtype)
+        fits = fill.is_integer() and info.min <= fill <= info.max
+    if not fits:
+        raise ValueError(f"fill must be a value that {dtype} can hold, got {fill!r}")
 
 
 def _sha256(value: object) -> str:

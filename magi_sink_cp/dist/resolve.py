@@ -22,6 +22,7 @@ from magi_sink_cp.kernels.checks import (
     as_int,
     as_sink,
     check_qkv,
+    check_sink_layout,
     make_params,
     window_limits,
 )
@@ -89,6 +90,7 @@ def _check_options(
     ):
         if not isinstance(value, str) or value not in allowed:
             raise ValueError(f"{name} must be one of {allowed}, got {value!r}")
+    check_sink_layout(sink_layout)
     if dsink_reduce != "none" and sink_layout == "ssh":
         raise ValueError(
             f"dsink_reduce={dsink_reduce!r} is for sink_layout='sh'; the rows of an 'ssh' sink "
@@ -172,7 +174,7 @@ def _check_call(
     options: CallOptions,
     requires_grad: tuple[bool, ...],
 ) -> Request:
-    sink = _check_tensors(q, k, v, sink, plan, options)
+    sink = check_tensors(q, k, v, sink, plan, options)
     exact = stat_dtype(q.dtype)
     if options.grad_reduce_dtype not in (None, exact, q.dtype):
         raise ValueError(
@@ -218,7 +220,7 @@ def _check_call(
     )
 
 
-def _check_tensors(
+def check_tensors(
     q: Tensor, k: Tensor, v: Tensor, sink: Tensor | None, plan: CPPlan, options: CallOptions
 ) -> Tensor | None:
     """Check the tensors against each other and the plan; returns the checked sink."""

@@ -12,11 +12,13 @@ import torch
 from torch import Tensor
 
 from magi_sink_cp.dist.guard.agreement import Signature, all_gather
-from magi_sink_cp.dist.plan import UNSHARD, plan_of
+from magi_sink_cp.dist.plan import UNSHARD, keep_plan, plan_of
+from magi_sink_cp.kernels.checks import refuse_forward_mode
 
 
 def _shard(x: Tensor, handle: Tensor, dim: int, local_tokens: int, fill: float) -> Tensor:
     """Slice and pad."""
+    refuse_forward_mode("CPPlan.shard")
     plan, pieces = plan_of(handle), []
     plan.check_size(x, dim, plan.total_tokens, "total_tokens")
     for lo, hi in plan.layout[plan.rank]:
@@ -27,7 +29,7 @@ def _shard(x: Tensor, handle: Tensor, dim: int, local_tokens: int, fill: float) 
             padding[dim] = hi - end
             pieces.append(x.new_full(padding, fill))
     held = [piece for piece in pieces if piece is not None]
-    return torch.cat(held, dim) if held else x.clone()
+    return (torch.cat(held, dim) if held else x.clone()).contiguous()
 
 
 def _unshard(x: Tensor, handle: Tensor, dim: int, total_tokens: int) -> Tensor:
@@ -75,12 +77,14 @@ def _fake_unshard(x: Tensor, handle: Tensor, dim: int, total_tokens: Any) -> Ten
 
 def _save_shard(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     x, handle, ctx.dim, _, _ = inputs
+    keep_plan(ctx, handle)
     ctx.size = x.shape[ctx.dim]
     ctx.save_for_backward(handle)
 
 
 def _save_unshard(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     x, handle, ctx.dim, _ = inputs
+    keep_plan(ctx, handle)
     ctx.size = x.shape[ctx.dim]
     ctx.save_for_backward(handle)
 

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from torch import Tensor
 
 from magi_sink_cp.drop_in.common import check_packed, dense, make_extras, varlen
-from magi_sink_cp.kernels.checks import check_sink_is_tensor, make_params
+from magi_sink_cp.kernels.checks import as_int, check_sink_is_tensor, make_params
 
 
 def fa3_func_with_sink(
@@ -228,12 +228,9 @@ def fa3_qkvpacked_func_with_sink(
 
 def _check_num_heads_q(qkv: Tensor, num_heads_q: int | None) -> None:
     heads = qkv.shape[2]
-    valid = (
-        isinstance(num_heads_q, int)
-        and not isinstance(num_heads_q, bool)
-        and 0 < num_heads_q < heads
-    )
-    if not valid or (heads - num_heads_q) % 2 or num_heads_q % ((heads - num_heads_q) // 2):  # type: ignore[operator]
+    given = as_int(num_heads_q) or 0
+    heads_kv, rest = divmod(heads - given, 2)
+    if not 0 < given < heads or rest or given % heads_kv:
         raise ValueError(
             "num_heads_q must be the number of query heads h of a 4-dimensional qkv (batch, "
             "seqlen, h + 2 h_kv, head_dim), with "

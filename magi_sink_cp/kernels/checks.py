@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from magi_sink_cp.kernels.protocol import FP8, AttentionParams, Extras, Varlen
@@ -58,6 +59,14 @@ def as_int(value: object) -> int | None:
     elif type(value).__module__ == "numpy" and getattr(value, "shape", None) == ():
         return as_int(value.item())  # type: ignore[attr-defined]
     return None
+
+
+def as_count(name: str, value: object) -> int:
+    """value as an int. Raises ValueError unless it is a whole number >= 1."""
+    count = as_int(value)
+    if count is None or count < 1:
+        raise ValueError(f"{name} must be an int >= 1, got {value!r}")
+    return count
 
 
 def as_float(name: str, value: object, zero_allowed: bool) -> float:
@@ -187,8 +196,10 @@ def under_autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
 
     Rotary embeddings often leave q and k in fp32 beside a v in bf16.
     """
-    kinds = {getattr(x, "dtype", None) for x in tensors}
-    if len(kinds) < 2 or None in kinds:  # something that is no tensor is refused later
+    if not all(isinstance(x, Tensor) for x in tensors):  # refused later
+        return tensors
+    kinds = {x.dtype for x in tensors}
+    if len(kinds) < 2:
         return tensors
     device_type = tensors[0].device.type
     if not torch.is_autocast_enabled(device_type):
@@ -206,6 +217,15 @@ def refuse_dtensor(name: str, x: Tensor) -> None:
             f"{name} must be a plain tensor, got a DTensor with placements {x.placements}. Pass "
             f"{name}.to_local() if this rank's part is what is meant (heads of its own under "
             f"tensor parallelism), else {name}.full_tensor()"
+        )
+
+
+def refuse_forward_mode(what: str) -> None:
+    """Raise where forward-mode differentiation is on: an operator would drop its tangents."""
+    if forward_ad._current_level >= 0:
+        raise NotImplementedError(
+            f"{what} has no forward-mode derivative (torch.func.jvp, dual tensors): use reverse "
+            "mode, or leave forward_ad.dual_level() for this call"
         )
 
 
@@ -324,6 +344,11 @@ def check_sink_is_tensor(sink: object, sink_layout: object) -> None:
             "sink_layout come right after the tensors (and lengths): pass the arguments that "
             "follow them by name"
         )
+    check_sink_layout(sink_layout)
+
+
+def check_sink_layout(sink_layout: object) -> None:
+    """Raise ValueError unless ``sink_layout`` is one of SINK_LAYOUTS."""
     if not isinstance(sink_layout, str) or sink_layout not in SINK_LAYOUTS:
         raise ValueError(f"sink_layout must be one of {SINK_LAYOUTS}, got {sink_layout!r}")
 

@@ -21,7 +21,13 @@ from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
 from magi_sink_cp.kernels.backends.fa4 import Fa4Backend
 from magi_sink_cp.kernels.backends.registry import BackendPolicy, adding_sink, select_backend
-from magi_sink_cp.kernels.checks import PLAIN_TENSORS, Lengths, as_flag, make_varlen
+from magi_sink_cp.kernels.checks import (
+    PLAIN_TENSORS,
+    Lengths,
+    as_flag,
+    make_varlen,
+    refuse_forward_mode,
+)
 from magi_sink_cp.kernels.dsink import sink_gradient
 from magi_sink_cp.kernels.existing import clear_columns, missing_rows
 from magi_sink_cp.kernels.merge import merge
@@ -345,9 +351,9 @@ def _save(
     tensors: Sequence[Tensor | None],
     results: Sequence[Tensor],
 ) -> None:
-    """Keep what backward needs. ``tensors``: inputs, sink, lengths and extras, in this order.
+    """Keep what backward needs.
 
-    Out, lse, …
+    ``tensors`` are inputs, sink, lengths and extras; ``results`` are out, lse and dropout.
     """
     ctx.save_for_backward(*tensors, *results)
     ctx.counts = num_inputs, num_lengths, len(tensors)
@@ -438,6 +444,7 @@ def _registered(implementation: Callable[..., Any], num_tensors: int) -> Callabl
     """The implementation as the dispatcher calls it: with the fields of Settings one by one."""
 
     def call(*arguments: Any) -> Any:
+        refuse_forward_mode("attention with sinks")
         return implementation(*arguments[:num_tensors], Settings.of(arguments[num_tensors:]))
 
     return call

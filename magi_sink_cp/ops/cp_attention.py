@@ -18,15 +18,16 @@ import torch
 from torch import Tensor
 
 from magi_sink_cp.dist.methods.base import CallOptions, Request
-from magi_sink_cp.dist.plan import CPPlan, plan_of
+from magi_sink_cp.dist.plan import CPPlan, keep_plan, plan_of
 from magi_sink_cp.dist.resolve import (
     agree_on_backward,
     agree_on_forward,
+    check_tensors,
     make_call_options,
     requires_grad_of,
     resolve,
 )
-from magi_sink_cp.kernels.checks import as_flag
+from magi_sink_cp.kernels.checks import as_flag, refuse_forward_mode
 from magi_sink_cp.kernels.protocol import stat_dtype
 from magi_sink_cp.ops.attention import is_watched, refuse_second_derivative
 from magi_sink_cp.ops.schema import schema_of, split_fields
@@ -64,9 +65,11 @@ def cp_attention(
     if not is_watched((q, k, v, sink)):
         request = agree_on_forward(plan, make_request, always_compare)
         return _CPAttention.apply(q, k, v, sink, plan, request, want_lse)
-    try:
+    try:  # before the dispatcher, whose errors the other ranks would not hear of
         as_flag("return_lse", want_lse)
         checked = make_call_options(*options)
+        if not torch.compiler.is_compiling():
+            check_tensors(q, k, v, sink, plan, checked)
     except Exception:
         if not torch.compiler.is_compiling():
             agree_on_forward(plan, make_request, always_compare)  # tells the other ranks
@@ -182,6 +185,7 @@ def _forward_from_op(
     plan, (options, _) = plan_of(handle), split_fields(CallOptions, rest)
 
     def make_request() -> Request:
+        refuse_forward_mode("attention with sinks")
         return resolve(q, k, v, sink, plan, options, tuple(requires_grad))
 
     request = agree_on_forward(plan, make_request, options.always_compare)
@@ -280,6 +284,7 @@ class _CPAttention(torch.autograd.Function):
 
 def _set_up(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
     q, k, v, sink, handle, *ctx.rest = inputs
+    keep_plan(ctx, handle)
     ctx.save_for_backward(q, k, v, sink, handle, *output)
     ctx.set_materialize_grads(False)
 

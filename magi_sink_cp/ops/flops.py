@@ -1,8 +1,9 @@
 """FLOP formulas of the operators, for torch.utils.flop_counter.
 
 Forward: 2 · pairs · heads · (head_dim of q + head_dim of v); backward: 2.5 times that. ``pairs``
-are the visible (query, key) pairs: masks and documents are counted as they are. Fake tensors hold
-no offsets: their documents are taken to be equally long.
+are the visible (query, key) pairs. Masks, documents and seqused are counted as they are, but for
+attention_chunk, which is not counted. Fake tensors hold no offsets: their documents are taken to be
+equally long.
 """
 
 from __future__ import annotations
@@ -24,10 +25,13 @@ from magi_sink_cp.ops.attention import Settings, split_inputs
 from magi_sink_cp.ops.schema import split_fields
 
 
-def _lengths(offsets: Tensor, total: int) -> list[int]:
+def _lengths(offsets: Tensor, used: Tensor | None, total: int) -> list[int]:
+    """Each document's tokens; ``used`` is seqused."""
     documents = offsets.shape[0] - 1
     if isinstance(offsets, FakeTensor) or offsets.is_meta:
         return [total // max(1, documents)] * documents
+    if used is not None:
+        return [int(n) for n in used.tolist()]
     return [hi - lo for lo, hi in itertools.pairwise(offsets.tolist())]
 
 
@@ -40,8 +44,10 @@ def _attention_flops(
         pairs = q.shape[0] * visible_pairs(q.shape[1], k.shape[1], *window)
     else:
         offsets_k = lengths[0] if lengths[1] is None else lengths[1]
-        both = zip(_lengths(lengths[0], q.shape[0]), _lengths(offsets_k, k.shape[0]), strict=True)
-        pairs = sum(visible_pairs(rows, keys, *window) for rows, keys in both)
+        rows = _lengths(lengths[0], lengths[2], q.shape[0])
+        keys = _lengths(offsets_k, lengths[3], k.shape[0])
+        both = zip(rows, keys, strict=True)
+        pairs = sum(visible_pairs(num_q, num_k, *window) for num_q, num_k in both)
     return 2 * pairs * q.shape[-2] * (q.shape[-1] + v.shape[-1])
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import itertools
 from unittest import mock
@@ -10,6 +11,8 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch._dynamo.testing import CompileCounterWithBackend
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor
 from torch.utils.checkpoint import (
     CheckpointPolicy,
     checkpoint,
@@ -265,6 +268,40 @@ def body_skipped(group, device) -> None:
     step = out.sum().backward if dist.get_rank(group) == 0 else goes_on
     with pytest.raises(ValueError, match="all ranks of the cp group must be given the same call"):
         step()
+
+
+# What rank 0 gives in place of (q, sink, options), and whether a dispatch mode watches it.
+WRONG_ON_ONE_RANK = {
+    "a list": lambda q, sink, mesh: (q.tolist(), sink, {}),
+    "a NumPy array": lambda q, sink, mesh: (q.detach().numpy(), sink, {}),
+    "a float as sink": lambda q, sink, mesh: (q, 0.5, {}),
+    "a DTensor": lambda q, sink, mesh: (DTensor.from_local(q, mesh), sink, {}),
+    "a DTensor as sink": lambda q, sink, mesh: (q, DTensor.from_local(sink, mesh), {}),
+    "a meta tensor": lambda q, sink, mesh: (q.to("meta"), sink, {}),
+    "sink_layout None": lambda q, sink, mesh: (q, sink, {"sink_layout": None}),
+    "sink_layout []": lambda q, sink, mesh: (q, sink, {"sink_layout": []}),
+    "3 heads": lambda q, sink, mesh: (q[:, :1].expand(-1, 3, -1), sink, {}),
+}
+
+
+@pytest.mark.parametrize("watched", [False, True])
+def test_a_wrong_argument_on_one_rank_raises_on_every_rank(watched):
+    run_on_ranks(2, body_wrong, watched=watched)
+
+
+def body_wrong(group, device, *, watched) -> None:
+    mesh = DeviceMesh.from_group(group, "cpu")
+    plan = make_cp_plan(24, group=group)
+    q, sink = torch.randn(plan.local_tokens, 2, 8), torch.zeros(1, 2)
+    for what, replace in WRONG_ON_ONE_RANK.items():
+        is_wrong = dist.get_rank(group) == 0
+        given_q, given_sink, options = replace(q, sink, mesh) if is_wrong else (q, sink, {})
+        mode = FlopCounterMode(display=False) if watched else contextlib.nullcontext()
+        with mode, pytest.raises((TypeError, ValueError)) as caught:
+            cp_attention_with_sink(given_q, q, q, given_sink, plan=plan, **options)
+        text = str(caught.value)
+        assert "must" in text, (what, text)
+        assert is_wrong or "rank 0" in text, (what, text)
 
 
 def test_shard_is_differentiable_twice():

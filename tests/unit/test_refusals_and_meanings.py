@@ -7,10 +7,15 @@ import importlib
 import pickle
 import sys
 
-import numpy
+import numpy as np
 import pytest
 import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.autograd import forward_ad
 from torch.autograd.functional import hessian, hvp
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import DTensor
 from torch.utils.flop_counter import FlopCounterMode
 
 import magi_sink_cp
@@ -102,8 +107,8 @@ def test_a_sink_of_one_per_head_has_two_shapes(name):
         [2, 0],
         torch.Size((2, 0)),
         torch.tensor([2, 0]),
-        numpy.array([2, 0]),
-        (numpy.int64(2), numpy.int32(0)),
+        np.array([2, 0]),
+        (np.int64(2), np.int32(0)),
         (torch.tensor(2), 0),
     ],
 )
@@ -152,11 +157,11 @@ def test_negative_limits_of_flash_attention_4(name):
 def test_numpy_flags_and_floats():
     case = make_case([7], [7], batch=1)
     expected = run(attention_with_sink, case, causal=True, softmax_scale=0.5)
-    options = {"causal": numpy.bool_(True), "softmax_scale": numpy.float32(0.5)}
+    options = {"causal": np.bool_(True), "softmax_scale": np.float32(0.5)}
     assert torch.equal(run(attention_with_sink, case, **options)["out"], expected["out"])
-    plan = make_cp_plan(numpy.int64(7), cu_seqlens=numpy.array([0, 3, 7]))
+    plan = make_cp_plan(np.int64(7), cu_seqlens=np.array([0, 3, 7]))
     assert plan.position_ids.tolist() == [0, 1, 2, 0, 1, 2, 3]
-    for offsets in (torch.tensor([0, 3, 7]), [0, numpy.int64(3), 7], (0, 3, 7)):
+    for offsets in (torch.tensor([0, 3, 7]), [0, np.int64(3), 7], (0, 3, 7)):
         assert make_cp_plan(7, cu_seqlens=offsets).documents == plan.documents
 
 
@@ -211,15 +216,19 @@ def test_ambient_modes_do_not_reach_a_plan():
         assert q.grad is not None
 
 
-class DTensorLike(torch.Tensor):
-    placements, device_mesh = ("Shard(2)",), "a mesh"
+@pytest.fixture
+def mesh():
+    """A DeviceMesh of this process alone."""
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    yield init_device_mesh("cpu", (1,))
+    dist.destroy_process_group()
 
 
 @pytest.mark.parametrize("argument", ["q", "k", "v", "sink"])
-def test_a_dtensor_is_refused_by_name(argument):
+def test_a_dtensor_is_refused_by_name(argument, mesh):
     case = make_case([7], [7], batch=1)
     tensors = {"q": case.q, "k": case.k, "v": case.v, "sink": case.sink}
-    tensors[argument] = tensors[argument].as_subclass(DTensorLike)
+    tensors[argument] = DTensor.from_local(tensors[argument], mesh)
     message = rf"{argument} must be a plain tensor, got a DTensor .* {argument}.to_local\(\)"
     with pytest.raises(TypeError, match=message):
         attention_with_sink(**tensors)
@@ -227,7 +236,57 @@ def test_a_dtensor_is_refused_by_name(argument):
     with pytest.raises(TypeError, match=message):
         cp_attention_with_sink(**local, plan=make_cp_plan(7))
     with pytest.raises(TypeError, match="x must be a plain tensor"):
-        make_cp_plan(7).shard(case.q[0].as_subclass(DTensorLike))
+        make_cp_plan(7).shard(DTensor.from_local(case.q[0], mesh))
+
+
+@pytest.mark.parametrize("wrong", [[1.0], 0.5, np.zeros((7, 2, 4)), "q"], ids=repr)
+def test_what_is_no_tensor_is_refused_by_name(wrong):
+    case = make_case([7], [7], batch=1)
+    for name in ("q", "k", "v", "sink"):
+        tensors = {"q": case.q, "k": case.k, "v": case.v, "sink": case.sink} | {name: wrong}
+        with pytest.raises(TypeError, match=f"{name} must be a torch.Tensor"):
+            attention_with_sink(**tensors)
+        local = {
+            key: x[0] if isinstance(x, Tensor) and key != "sink" else x
+            for key, x in tensors.items()
+        }
+        with pytest.raises(TypeError, match=f"{name} must be a torch.Tensor"):
+            cp_attention_with_sink(**local, plan=make_cp_plan(7))
+
+
+def test_forward_mode_is_refused():
+    """A tangent that an operator drops would be a derivative of 0."""
+    case, plan = make_case([7], [7], batch=1), make_cp_plan(7)
+    x = case.q[0]
+    for function in (plan.shard, plan.unshard):
+        with pytest.raises(NotImplementedError, match="has no forward-mode derivative"):
+            torch.func.jvp(lambda x, run=function: run(x).sum(), (x,), (torch.ones_like(x),))
+    with forward_ad.dual_level(), FlopCounterMode(display=False):
+        q = forward_ad.make_dual(case.q, torch.ones_like(case.q))
+        with pytest.raises(NotImplementedError, match="has no forward-mode derivative"):
+            attention_with_sink(q, case.k, case.v, case.sink)
+        with pytest.raises(NotImplementedError, match="has no forward-mode derivative"):
+            cp_attention_with_sink(q[0], case.k[0], case.v[0], case.sink, plan=plan)
+
+
+def test_many_plans_that_are_let_go_before_backward():
+    x = torch.arange(6.0).requires_grad_()
+    sum(make_cp_plan(6).shard(x).sum() for _ in range(100)).backward()
+    assert x.grad.tolist() == [100.0] * 6
+
+
+def test_shard_of_channels_last_is_contiguous():
+    x = torch.randn(2, 6, 3, 4).contiguous(memory_format=torch.channels_last)
+    assert make_cp_plan(6).shard(x, 1).is_contiguous()
+
+
+@pytest.mark.parametrize(
+    ("dtype", "fill"), [(torch.int64, 0.5), (torch.bool, 5), (torch.uint8, -100)]
+)
+def test_fill_must_fit_the_dtype(dtype, fill):
+    with pytest.raises(ValueError, match="fill must be a value that"):
+        make_cp_plan(6).shard(torch.zeros(6, dtype=dtype), fill=fill)
+    assert make_cp_plan(6).shard(torch.zeros(6, dtype=torch.int64), fill=np.int64(-100)).any() == 0
 
 
 def test_flop_counts():

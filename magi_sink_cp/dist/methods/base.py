@@ -29,7 +29,7 @@ class CallOptions(NamedTuple):
         window_size: (left, right), -1 is unlimited; right is 0 under a causal mask.
         softcap: 0 is none.
         deterministic: backward adds in a fixed order.
-        dsink_reduce: "none", "sum" or "mean" over the cp group.
+        dsink_reduce: "none", "sum" or "avg" over the cp group.
         overlap_degree: None is "auto".
         grad_reduce_dtype: None is fp32 (fp64 for fp64 inputs).
         always_compare: checks == "always".

@@ -12,7 +12,7 @@ Seconds beyond the computation itself, per rank:
     travel        = link(all remote keys) + a pass over the rank's own k and v, which are copied
     forward, 0:   what of travel is longer than the rows that see own keys alone + calls · CALL
     backward, 0:  the same + link(all remote keys), for the way home
-    forward, n:   n · (2 bytes per element of q in those rows / MEMORY) + calls · CALL
+    forward, n:   n · (STAGE + 2 bytes per element of q in those rows / MEMORY) + calls · CALL
                   + Σ stages [link(its keys) - what hides it]; if the kernels add the sink, also a
                   read and a write of out and lse, in merges that are calls of their own
     backward, n:  as forward, with 16 bytes and 2 · link, + link(keys of the last stage)
@@ -47,6 +47,8 @@ FLOPS = 6.0e14
 LATENCY_S = 20e-6
 # The last tiles of a kernel call leave processors idle, fewer if another call takes them.
 CALL_S, CALL_ON_TWO_LANES_S = 20e-6, 5e-6
+# What a travelling stage costs whatever its size: a merge or sum of its own, one more wait.
+STAGE_S = 60e-6
 # Bytes per element of q that one more partial result costs.
 PARTIAL_BYTES = {"forward": 2, "backward": 16}
 # FLOP per visible pair, head and dimension.
@@ -201,7 +203,7 @@ def cost_s(
     partial = PARTIAL_BYTES[direction] * _row_elements(work, work.remote_rows) / MEMORY
     transfer = link_s(work.remote_keys / degree)
     exposed = max(0.0, trips * transfer - computation / (degree + 1))
-    merged = degree * partial + later_calls * call_s
+    merged = degree * (STAGE_S + partial) + later_calls * call_s
     if direction == "forward" and sink_in_kernel:
         # Else the merge that adds the sink reads and writes these rows, and lse, anyway.
         merged += 2 * partial + later_calls * call_s + 16 * work.rows * work.heads / MEMORY
