@@ -173,11 +173,11 @@ def settings_of(parser: argparse.ArgumentParser, args: argparse.Namespace) -> ar
             continue
         if name in ("steps", "checkpoint_every"):
             settings[name] = value
-        elif name == "out" or settings[name] != value:
+        elif value != (has := args.resume if name == "out" else settings[name]):
             option = f"--{name.replace('_', '-')}"
             parser.error(
-                f"{option} {value} cannot be given with --resume, which goes on with "
-                f"{args.resume if name == 'out' else settings[name]}: leave it out, or start anew"
+                f"{option} {value} cannot be given with --resume, which goes on with {has}: leave "
+                "it out, or start anew"
             )
     return argparse.Namespace(**settings, verify=args.verify, resume=args.resume, out=args.resume)
 

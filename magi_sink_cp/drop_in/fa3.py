@@ -229,8 +229,8 @@ def fa3_qkvpacked_func_with_sink(
 def _check_num_heads_q(qkv: Tensor, num_heads_q: int | None) -> None:
     heads = qkv.shape[2]
     given = as_int(num_heads_q) or 0
-    heads_kv, rest = divmod(heads - given, 2)
-    if not 0 < given < heads or rest or given % heads_kv:
+    heads_kv = (heads - given) // 2
+    if not 0 < given < heads or given + 2 * heads_kv != heads or given % heads_kv:
         raise ValueError(
             "num_heads_q must be the number of query heads h of a 4-dimensional qkv (batch, "
             "seqlen, h + 2 h_kv, head_dim), with "

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from unittest.mock import ANY
 
 import pytest
 from hypothesis import given
@@ -95,7 +96,10 @@ def test_a_slow_link_is_hidden():
 
 
 def test_a_halo_is_worth_no_copy_of_the_own_keys():
-    assert choose(work(131072, 2, window=(128, 0)), 2, "nvlink").degrees == (1, 1)
+    share = work(131072, 2, window=(128, 0))
+    assert choose(share, 2, "nvlink").degrees == (1, 1)
+    narrow = dataclasses.replace(share, head_dim=64)
+    assert choose(narrow, 2, "nvlink", SINK_KERNEL_SLOWER) == Overlap((1, 1), True, 4224, ANY)
     assert typical_share(zigzag(131072, 2), [(0, 131072)], (128, 0)) == Share(128, 128, 0)
 
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import csv
 import importlib
+import json
 import os
 import re
 import shutil
@@ -189,7 +190,13 @@ WRONG = {
     "--data BYTE": "holds no file of at least two bytes",
     "--resume nowhere": "--resume nowhere holds no settings.json",
     "--out FILE/x": "--out .* cannot be written",
-    "--out OLD": "holds another run: choose a new folder, or --resume",
+    "--out OLD": "holds another run: choose a new folder, or --resume OLD",
+    "--out STOPPED": "holds another run: choose a new folder; it saved no checkpoint",
+    "--resume OLD --lr 0.5": "--lr 0.5 cannot be given with --resume, which goes on with 0.003",
+    "--resume OLD --out NEW": "--out NEW cannot be given with --resume, which goes on with OLD",
+    "--resume DAMAGED": "settings.json cannot be read",
+    "--checkpoint-every -1": "--checkpoint-every must be at least 0",
+    "--seed 99999999999999999999": "--seed must be from 0 to",
 }
 
 
@@ -198,11 +205,18 @@ def test_what_the_training_job_refuses_before_it_trains(tmp_path, wrong, monkeyp
     (tmp_path / "EMPTY").mkdir()
     (tmp_path / "BYTE").write_text("a")
     (tmp_path / "FILE").touch()
-    (tmp_path / "OLD").mkdir()
-    (tmp_path / "OLD" / "metrics.csv").touch()
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(str(ROOT / "scripts"))
     job = importlib.import_module("train")
+    for name in ("OLD", "STOPPED", "DAMAGED"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "metrics.csv").touch()
+        if name != "STOPPED":
+            (tmp_path / name / "checkpoint").mkdir()
+    settings = vars(job.make_parser().parse_args([]))
+    settings = {name: value for name, value in settings.items() if name not in job.NOT_SETTINGS}
+    (tmp_path / "OLD" / "settings.json").write_text(json.dumps(settings))
+    (tmp_path / "DAMAGED" / "settings.json").write_text("{")
     monkeypatch.setattr(job, "train", None)  # nothing may be computed
     monkeypatch.setattr(sys, "argv", ["train.py", *wrong.split()])
     try:

@@ -213,7 +213,7 @@ def test_an_error_of_the_backend_names_the_first_transfer_that_waits(
     told = capfd.readouterr().err
     assert told.count("magi_sink_cp") == 1
     assert (
-        "group_cast of stage 3 (from cp ranks [1], to cp ranks [2]) is not through after 0.5 s"
+        "group_cast of stage 3 (from cp ranks [1], to cp ranks [2]) has not completed after 0.5 s"
         in told
     )
     assert f"reports {error}" in told
@@ -508,7 +508,7 @@ def test_the_first_that_was_started_is_named_though_it_is_waited_for_last(
     dsink.wait()
     group._get_backend().error = "COMM_ERROR"
     dog._look()
-    assert "magi_sink_cp: dsink is not through" in capfd.readouterr().err
+    assert "magi_sink_cp: dsink has not completed" in capfd.readouterr().err
     for flag in enqueued:
         finish(flag)
     dog._look()

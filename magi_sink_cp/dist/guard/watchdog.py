@@ -180,7 +180,7 @@ def _error_of(backend: object) -> str | None:
 
 def _report(what: object, waited_s: float, error: str) -> None:
     _say(
-        f"{what} has not finished after {waited_s:.1f} s, and the backend of its cp group reports "
+        f"{what} has not completed after {waited_s:.1f} s, and the backend of its cp group reports "
         f"{error}: a rank of that group died, hangs, or cannot be reached."
     )
 

@@ -48,7 +48,7 @@ LATENCY_S = 20e-6
 # The last tiles of a kernel call leave processors idle, fewer if another call takes them.
 CALL_S, CALL_ON_TWO_LANES_S = 20e-6, 5e-6
 # What a travelling stage costs whatever its size: a merge or sum of its own, one more wait.
-STAGE_S = 60e-6
+STAGE_S = 35e-6
 # Bytes per element of q that one more partial result costs.
 PARTIAL_BYTES = {"forward": 2, "backward": 16}
 # FLOP per visible pair, head and dimension.
