@@ -111,8 +111,7 @@ def main() -> int:
     return 0
 
 
-# --- One device
-# --------------------------------------------------------------------------------------------------
+# --- One device -----------------------------------------------------------------------------------
 
 
 def bench_kernel(args: argparse.Namespace) -> Iterator[list[Row]]:
@@ -172,8 +171,7 @@ def kernel_rows(args: argparse.Namespace, head_dim: int, batch: int, tokens: int
     return rows
 
 
-# --- The drop-in functions
-# --------------------------------------------------------------------------------------------------
+# --- The drop-in functions ------------------------------------------------------------------------
 
 
 def bench_functions(args: argparse.Namespace) -> Iterator[list[Row]]:
@@ -483,8 +481,7 @@ def first_call_rows() -> list[Row]:
     return rows
 
 
-# --- Ranks
-# --------------------------------------------------------------------------------------------------
+# --- Ranks ----------------------------------------------------------------------------------------
 
 
 def bench_dist(args: argparse.Namespace) -> Iterator[list[Row]]:
@@ -493,8 +490,7 @@ def bench_dist(args: argparse.Namespace) -> Iterator[list[Row]]:
     yield from across_ranks.run(args)
 
 
-# --- Measuring and writing
-# --------------------------------------------------------------------------------------------------
+# --- Measuring and writing ------------------------------------------------------------------------
 
 
 BENCHES = {

@@ -502,9 +502,8 @@ def memory_rows(tokens: int) -> list[Row]:
     """
     plan = make_cp_plan(tokens, group=dist.group.WORLD)
     q, k, v, dout, sink = draw((plan.local_tokens,), 128)
-    tensors = (
-        2 * (q.nbytes + k.nbytes + v.nbytes) + 2 * dout.nbytes
-    )  # out and dout beside q, k, v and theirs
+    # q, k, v and their gradients; out and dout.
+    tensors = 2 * (q.nbytes + k.nbytes + v.nbytes) + 2 * dout.nbytes
     torch.cuda.synchronize()
     torch.cuda.reset_peak_memory_stats()
     out = cp_attention_with_sink(q, k, v, sink, plan=plan)

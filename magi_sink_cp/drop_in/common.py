@@ -80,9 +80,8 @@ def varlen(
     check_qkv(q, k, v, 3, _PACKED, family == "fa3", paged, _NAMES[len(inputs)])
     sink = as_sink(sink, sink_layout, q)
     if len(inputs) == 1:
-        as_cu_seqlens(
-            lengths[0], "cu_seqlens", q.device
-        )  # the name that such a function has for it
+        # Here, as errors below say cu_seqlens_q, which such a function does not have.
+        as_cu_seqlens(lengths[0], "cu_seqlens", q.device)
     checked = make_lengths(q.device, *lengths)
     if checked is None:
         raise ValueError("cu_seqlens_q and cu_seqlens_k must be given, got None")

@@ -445,13 +445,23 @@ def make_lengths(
             "cu_seqlens_q and cu_seqlens_k must name the same number of documents, got "
             f"{documents} and {offsets_k.shape[0] - 1}"
         )
-    for name, used in (("seqused_q", seqused_q), ("seqused_k", seqused_k)):
-        if used is not None:
-            shapes = ((documents,),)
-            check_tensor(name, used, torch.int32, shapes, device, "a length for each document")
+    seqused_q = _as_seqused(seqused_q, "seqused_q", device, documents)
+    seqused_k = _as_seqused(seqused_k, "seqused_k", device, documents)
     longest_q = _as_max_seqlen("q", max_seqlen_q)
     longest_k = _as_max_seqlen("k", max_seqlen_k)
     return Lengths(offsets_q, offsets_k, longest_q, longest_k, seqused_q, seqused_k)
+
+
+def _as_seqused(used: Any, name: str, device: torch.device, documents: int) -> Tensor | None:
+    if used is None:
+        return None
+    used = as_cu_seqlens(used, name, device, f"({documents},)")
+    if used.shape[0] != documents:
+        raise ValueError(
+            f"{name} must have shape ({documents},), a length for each document, got "
+            f"{tuple(used.shape)}"
+        )
+    return used
 
 
 def _as_max_seqlen(which: str, longest: Any) -> int | None:
@@ -469,8 +479,13 @@ def _as_max_seqlen(which: str, longest: Any) -> int | None:
     return whole
 
 
-def as_cu_seqlens(cu_seqlens: Any, name: str, device: torch.device | None = None) -> Tensor:
-    """cu_seqlens as a contiguous int32 tensor (documents + 1,); ``device`` must be its own.
+def as_cu_seqlens(
+    cu_seqlens: Any,
+    name: str,
+    device: torch.device | None = None,
+    shape_text: str = "(documents + 1,)",
+) -> Tensor:
+    """cu_seqlens or seqused as a contiguous int32 tensor; ``device`` must be its own.
 
     Raises:
         TypeError, ValueError: it cannot be one.
@@ -483,7 +498,7 @@ def as_cu_seqlens(cu_seqlens: Any, name: str, device: torch.device | None = None
     if cu_seqlens.dtype not in (torch.int32, torch.int64):
         raise TypeError(f"{name} must have dtype torch.int32, got {cu_seqlens.dtype}")
     if cu_seqlens.dim() != 1 or cu_seqlens.shape[0] < 1:
-        raise ValueError(f"{name} must have shape (documents + 1,), got {tuple(cu_seqlens.shape)}")
+        raise ValueError(f"{name} must have shape {shape_text}, got {tuple(cu_seqlens.shape)}")
     if device is not None and cu_seqlens.device != device:
         raise ValueError(f"{name} must be on the device of q ({device}), got {cu_seqlens.device}")
     if not cu_seqlens.is_contiguous():

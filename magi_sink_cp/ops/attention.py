@@ -5,6 +5,8 @@ fake (meta) implementations and autograd. So torch.compile, torch.export, select
 checkpointing and dispatch modes see one opaque operator each. The overload ``dropout`` is the same
 with the tag that keeps a recomputation from drawing other random settings.
 
+The operators check less than the functions that call them: call those.
+
 ``inputs`` is one of ``[q, k, v]``; ``[q, kv]`` with kv (…, 2, H_kv, D); ``[qkv]`` with qkv
 (…, 3, H, D), or (…, H + 2 H_kv, D) with the number of query heads given. Gradients come back in the
 same layout.

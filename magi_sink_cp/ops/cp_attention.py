@@ -5,8 +5,9 @@ with fake implementations and autograd. Dispatch modes and compilers see one opa
 so every checkpointing policy is right, and a policy that saves ``cp_attention_forward`` lets no key
 travel a second time. A plan travels as its handle, so a compiled graph serves every plan.
 
-Operators communicate in the order in which they run. As with functional collectives, every rank
-compiles the same program, and so runs them in the same order.
+The operators check less than the function does, as those of ops/attention.py. They communicate in
+the order in which they run. As with functional collectives, every rank compiles the same program,
+and so runs them in the same order.
 """
 
 from __future__ import annotations

@@ -145,9 +145,8 @@ def body_fsdp2(group, device, *, checkpointed) -> None:
     fully_shard(model, mesh=mesh)
     for _ in range(2):
         model.zero_grad()
-        model(plan.shard(x)).backward(
-            plan.shard(dout) * plan.cp_size
-        )  # FSDP takes the mean over the ranks
+        # FSDP takes the mean over the ranks
+        model(plan.shard(x)).backward(plan.shard(dout) * plan.cp_size)
         compare(model, expected, device, group, summed=True)
 
 

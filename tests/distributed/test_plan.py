@@ -83,9 +83,8 @@ def body_device_mesh(group, device) -> None:
     plan = make_cp_plan(8, group=mesh["cp"])
     assert plan.cp_size == 2
     assert plan.rank == dist.get_rank() % 2
-    x = torch.randn(
-        8, 2, 4, generator=torch.Generator().manual_seed(dist.get_rank() // 2)
-    )  # differs between cp groups
+    # Differs between cp groups.
+    x = torch.randn(8, 2, 4, generator=torch.Generator().manual_seed(dist.get_rank() // 2))
     local = plan.shard(x)
     assert torch.equal(plan.unshard(local), x)
     out = cp_attention_with_sink(local, local, local, torch.zeros(1, 2), plan=plan)

@@ -315,9 +315,8 @@ def body_rendezvous(group, device) -> None:
     def torch_rendezvous(buffer, name):
         nonlocal number
         stand_in = dist.distributed_c10d._resolve_process_group(name)
-        store = dist.PrefixStore(
-            "of C++", stand_in.get_group_store()
-        )  # which calls the methods of the Python class
+        # It calls the methods of the Python class.
+        store = dist.PrefixStore("of C++", stand_in.get_group_store())
         for _ in range(2):
             keys = [f"CUDASymmetricMemory/{number}/{rank}" for rank in range(stand_in.size())]
             store.set(keys[stand_in.rank()], buffer)

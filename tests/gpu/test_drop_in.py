@@ -185,9 +185,10 @@ def test_the_host_never_waits(name, sink_layout):
         torch.autograd.grad(out, leaves, case.dout)
 
     step()  # compiles
+    # Never seen before.
     arguments = {
         key: x.clone() if key.startswith("cu_seqlens") else x for key, x in arguments.items()
-    }  # never seen before
+    }
     torch.cuda.synchronize()
     torch.cuda.set_sync_debug_mode("error")
     try:
@@ -220,9 +221,8 @@ def test_cuda_graph_of_forward_and_backward(name, sink_layout):
             x.copy_(torch.randn_like(x))
     graph.replay()
     for ours, expected in zip(captured, step(), strict=True):
-        torch.testing.assert_close(
-            ours, expected, rtol=1e-2, atol=1e-2
-        )  # atomics of dq; wrong inputs would differ by 1
+        # Atomics of dq; wrong inputs would differ by 1.
+        torch.testing.assert_close(ours, expected, rtol=1e-2, atol=1e-2)
     assert torch.equal(captured[0], function(**arguments))
 
 

@@ -270,9 +270,8 @@ def body_capture(group, device) -> None:
     ):
         cp_attention_with_sink(q, q, q, plan=plan)
     torch.cuda.synchronize()
-    with pytest.raises(
-        RuntimeError, match="the ranks may be out of step: make a new plan"
-    ):  # others may not have captured
+    # Others may not have captured.
+    with pytest.raises(RuntimeError, match="the ranks may be out of step: make a new plan"):
         cp_attention_with_sink(q, q, q, plan=plan)
     again = make_cp_plan(256, group=group, transport="symm_mem")
     cp_attention_with_sink(q, q, q, plan=again)

@@ -383,6 +383,7 @@ def test_the_balanced_layout_balances_short_documents(cp_size):
     generator = torch.Generator().manual_seed(0)
     leads = []
     for _ in range(10):
+        # log-normal
         lengths = (
             torch.randn(400, generator=generator)
             .mul(1.2)
@@ -391,7 +392,7 @@ def test_the_balanced_layout_balances_short_documents(cp_size):
             .long()
             .clamp(1, 16_000)
             .tolist()
-        )  # log-normal
+        )
         documents = documents_of(lengths)
         leads.append(
             [

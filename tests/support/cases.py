@@ -125,15 +125,13 @@ def truth(case: Case) -> Truth:
         scales[name] = max(scales[name], 0.1 * values[name].numel() ** 0.5)
     if case.sink is None:
         return Truth(values, scales)
-    lse = (
-        values["lse"].masked_fill(torch.isneginf(values["lse"]), float("inf")).transpose(-1, -2)
-    )  # (…, T, H)
+    # (…, T, H)
+    lse = values["lse"].masked_fill(torch.isneginf(values["lse"]), float("inf")).transpose(-1, -2)
     squares = (values["out"].square() + 0.01).sum(-1) * case.dout.double().square().mean(-1)
     if case.dlse is not None:
         squares = squares + case.dlse.double().transpose(-1, -2).square()
-    terms = torch.exp(case.sink.double() - lse.unsqueeze(-2)).square() * squares.unsqueeze(
-        -2
-    )  # (…, T, s_sink, H)
+    # (…, T, s_sink, H)
+    terms = torch.exp(case.sink.double() - lse.unsqueeze(-2)).square() * squares.unsqueeze(-2)
     per_entry = terms.flatten(0, -3).sum(0) if case.sink.dim() == 2 else terms
     return Truth(values, scales, torch.maximum(per_entry.sqrt(), values["dsink"].abs()))
 

@@ -122,9 +122,8 @@ class _Pool:
                 f"rank {rank}:\n{text}" for rank, (ok, text) in enumerate(answers) if not ok
             ]
             assert not failures, "\n".join(failures)
-        except (
-            BaseException
-        ):  # also a timeout of the test itself: what comes later is no answer to the next one
+        except BaseException:
+            # Also a timeout of the test itself: what comes later is no answer to the next one.
             self.close()
             raise
         return [value for _, value in answers]

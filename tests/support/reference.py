@@ -78,13 +78,11 @@ def reference_attention(
     if sink is None:
         logits = scores
     else:
-        rows = (
-            sink.double() if sink.dim() == 4 else sink.double().unsqueeze(0)
-        )  # (B or 1, T or s_sink, …)
+        # (B or 1, T or s_sink, …)
+        rows = sink.double() if sink.dim() == 4 else sink.double().unsqueeze(0)
         shared = sink.dim() == 2
-        per_row = (
-            rows.permute(0, 2, 1).unsqueeze(2) if shared else rows.permute(0, 3, 1, 2)
-        )  # (·, H, 1 or T, s_sink)
+        # (·, H, 1 or T, s_sink)
+        per_row = rows.permute(0, 2, 1).unsqueeze(2) if shared else rows.permute(0, 3, 1, 2)
         logits = torch.cat(
             [scores, per_row.expand(q.shape[0], heads, q.shape[1], sink.shape[-2])], dim=-1
         )

@@ -196,9 +196,8 @@ def test_only_lse_is_used():
     double = [x.detach().double().requires_grad_() for x in leaves]
     reference_attention(*double, visible_mask(9, 9, causal=True))[1].sum().backward()
     for ours, exact in zip(leaves, double, strict=True):
-        expected = (
-            torch.zeros_like(exact) if exact.grad is None else exact.grad
-        )  # lse does not depend on v
+        # lse does not depend on v.
+        expected = torch.zeros_like(exact) if exact.grad is None else exact.grad
         torch.testing.assert_close(ours.grad.double(), expected, rtol=1e-5, atol=1e-6)
 
 

@@ -85,9 +85,8 @@ def test_one_graph_for_any_length(name, sink_layout):
         )
         for ours, true in taken:
             assert torch.equal(ours, true)
-        first = (
-            first or counter.frame_count
-        )  # dynamo may start over once, to fix what was a symbolic float
+        # Dynamo may start over once, to fix what was a symbolic float.
+        first = first or counter.frame_count
     assert counter.frame_count == first
 
 

@@ -175,9 +175,8 @@ def test_no_sink_is_plain_attention(name):
 
 
 def test_fa3_qkvpacked_in_both_forms_and_for_grouped_heads():
-    case = case_for(
-        "fa3_qkvpacked_func_with_sink"
-    )  # 4 query heads, 2 key heads: the 4-dimensional form
+    # 4 query heads, 2 key heads: the 4-dimensional form
+    case = case_for("fa3_qkvpacked_func_with_sink")
     assert_close(run_drop_in("fa3_qkvpacked_func_with_sink", case), truth(case), TOLERANCE)
     equal = case_for("fa3_qkvpacked_func_with_sink", heads_kv=4)  # the 5-dimensional form
     assert_close(run_drop_in("fa3_qkvpacked_func_with_sink", equal), truth(equal), TOLERANCE)
@@ -201,8 +200,7 @@ def test_v_may_have_a_head_dim_of_its_own():
             torch.testing.assert_close(ours, true.float(), rtol=1e-4, atol=1e-5)
 
 
-# --- Every parameter of every function changes the result as the reference says, or raises
-# ---------------------------------------
+# --- Every parameter of every function changes the result as the reference says, or raises --------
 
 GIVEN = object()
 
@@ -368,6 +366,8 @@ def test_seqused(name):
     )
     case = case_for(name, causal=True)
     result = run_drop_in(name, case, seqused_q=used_q, seqused_k=used_k)
+    again = run_drop_in(name, case, seqused_q=used_q.long(), seqused_k=used_k.tolist())
+    assert all(torch.equal(x, again[key]) for key, x in result.items())
     rows = torch.cat(
         [
             torch.arange(start, start + n)
@@ -403,10 +403,11 @@ def test_seqused(name):
         {**taken, "lse": result["lse"][:, rows], "dsink": result["dsink"]}, expected, TOLERANCE
     )
     for wrong, message in (
-        (used_q[:3], r"seqused_q must be a contiguous torch.int32 tensor \(4,\)"),
+        (used_q[:3], r"seqused_q must have shape \(4,\), a length for each document"),
+        (used_q.float(), "seqused_q must have dtype torch.int32"),
         (used_q + 9, "seqused_q must be from 0 to"),
     ):
-        with pytest.raises(ValueError, match=message):
+        with pytest.raises((TypeError, ValueError), match=message):
             run_drop_in(name, case, seqused_q=wrong)
 
 
@@ -559,8 +560,7 @@ def test_wrong_num_heads_q(num_heads_q):
         magi_sink_cp.fa3_qkvpacked_func_with_sink(torch.randn(1, 4, 3, 8, 16), num_heads_q=8)
 
 
-# --- Which kernels
-# --------------------------------------------------------------------------------------------------
+# --- Which kernels --------------------------------------------------------------------------------
 
 
 @pytest.fixture(autouse=True)
@@ -770,8 +770,7 @@ def test_auto_prefers_fa4_where_its_kernels_add_the_sink(monkeypatch):
         )
 
 
-# --- magi_attn_extensions
-# --------------------------------------------------------------------------------------------------
+# --- magi_attn_extensions -------------------------------------------------------------------------
 
 
 def test_compat_install(monkeypatch):

@@ -28,9 +28,8 @@ def exact(sink, lse, delta, dlse):
     )
     term = (0 if dlse is None else dlse.double()) - delta.double()
     guarded = lse.double().masked_fill(torch.isneginf(lse), float("inf"))
-    columns = [
-        torch.exp(weight_of(j).double() - guarded) * term for j in range(sink.shape[-2])
-    ]  # (…, H, T)
+    # (…, H, T)
+    columns = [torch.exp(weight_of(j).double() - guarded) * term for j in range(sink.shape[-2])]
     if sink.dim() == 2:
         return torch.stack([c.sum(-1) if c.dim() == 2 else c.sum((0, -1)) for c in columns])
     return torch.stack([c.transpose(-1, -2) for c in columns], dim=-2)
@@ -51,9 +50,8 @@ def test_matches_definition(kernel, leading, sink_layout, source, with_dlse, row
     out, dout = torch.randn(2, *leading, rows, heads, head_dim)
     dlse = torch.randn_like(lse) if with_dlse else None
     delta = (out.double() * dout.double()).sum(-1).transpose(-1, -2)
-    wide = torch.full(
-        (*leading, heads, rows + 9), float("nan")
-    )  # a kernel's delta may be wider than the rows
+    # A kernel's delta may be wider than the rows.
+    wide = torch.full((*leading, heads, rows + 9), float("nan"))
     wide[..., :rows] = delta
     arguments = (RowDelta(wide, rows), None, None) if source == "delta" else (None, out, dout)
     result = kernel(sink, lse, *arguments, dlse)

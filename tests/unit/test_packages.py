@@ -82,8 +82,7 @@ def case_of(options: dict) -> Case:
     return make_case(*sizes, head_dim=8, s_sink=2, with_dlse=True, **options)
 
 
-# --- FlashAttention-2
-# --------------------------------------------------------------------------------------------------
+# --- FlashAttention-2 -----------------------------------------------------------------------------
 
 
 def flash_attn(version: str) -> tuple[types.ModuleType, types.ModuleType, list[dict]]:
@@ -230,9 +229,8 @@ def flash_attn_2(monkeypatch, request):
 def test_fa2(flash_attn_2, options):
     case = case_of(options)
     assert_close(run_backend(fa2.Fa2Backend(), case), truth(case), 1e-5)
-    assert (
-        len(flash_attn_2) == 3
-    )  # forward, backward, and the second backward that brings the gradient of lse
+    # Forward, backward, and the second backward that brings the gradient of lse.
+    assert len(flash_attn_2) == 3
 
 
 def test_fa2_passes_on_dropout_alibi_and_pages(flash_attn_2):
@@ -246,9 +244,8 @@ def test_fa2_passes_on_dropout_alibi_and_pages(flash_attn_2):
     assert flash_attn_2[-1] == {"dropout_p": 0.25, "alibi_slopes": slopes, "return_softmax": True}
     assert isinstance(partial.dropout, Dropout)
     assert torch.equal(partial.dropout.attn_probs, torch.ones(3))
-    assert (
-        partial.dropout.rng_state.dtype == torch.uint64
-    )  # as the operator's fake implementation has it
+    # As the operator's fake implementation has it.
+    assert partial.dropout.rng_state.dtype == torch.uint64
     backend.backward(case.dout, case.q, case.k, case.v, partial, call)
     last = flash_attn_2[-1]
     assert torch.equal(last.pop("rng_state"), torch.tensor([7, 9]))
@@ -311,8 +308,7 @@ def test_a_broken_flash_attn_says_so(monkeypatch, tmp_path, kind):
     fa2._library.cache_clear()
 
 
-# --- FlashAttention-3
-# --------------------------------------------------------------------------------------------------
+# --- FlashAttention-3 -----------------------------------------------------------------------------
 
 
 def flash_attn_3(softmax_d_index: int, num_returned: int) -> tuple[fa3._Library, list[dict]]:
@@ -427,8 +423,7 @@ def test_fa3_passes_on_what_only_its_kernels_have(monkeypatch):
                      "q_descale": descale}]  # fmt: skip
 
 
-# --- FlashAttention-4
-# --------------------------------------------------------------------------------------------------
+# --- FlashAttention-4 -----------------------------------------------------------------------------
 
 
 def flash_attn_4() -> tuple[fa4._Library, list[dict]]:
@@ -567,8 +562,7 @@ def test_a_flash_attn_4_of_another_interface_is_named(monkeypatch):
         fa4._library()
 
 
-# --- Where the existing extension is wrong or slow
-# -------------------------------------------------------------------------------
+# --- Where the existing extension is wrong or slow ------------------------------------------------
 
 
 def test_lse_and_out_are_the_kernels_own_memory(monkeypatch):

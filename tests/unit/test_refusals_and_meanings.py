@@ -289,6 +289,16 @@ def test_fill_must_fit_the_dtype(dtype, fill):
     assert make_cp_plan(6).shard(torch.zeros(6, dtype=torch.int64), fill=np.int64(-100)).any() == 0
 
 
+def test_flop_counts_leave_out_what_seqused_leaves_out():
+    q, k, v = (torch.randn(10, 2, 4) for _ in "qkv")
+    offsets = torch.tensor([0, 4, 10], dtype=torch.int32)
+    with FlopCounterMode(display=False) as counter:
+        magi_sink_cp.fa3_varlen_func_with_sink(
+            q, k, v, offsets, offsets, 6, 6, seqused_q=[2, 3], seqused_k=[1, 2]
+        )
+    assert counter.get_total_flops() == 4 * (2 * 1 + 3 * 2) * 2 * 4
+
+
 def test_flop_counts():
     """4·pairs·h·d forward, 2.5 times that backward; masks and documents as they are."""
 
@@ -395,23 +405,28 @@ def test_the_extensions_modules_as_they_exist_upstream(installed, family):
         assert getattr(module, name) is getattr(magi_sink_cp, name)
     assert importlib.reload(module) is module
     package = importlib.import_module("magi_attn_extensions")
+    assert getattr(package, f"{family}_interface_with_sink") is module  # without its import
     assert importlib.reload(package) is package
     assert importlib.util.find_spec("magi_attn_extensions").origin is None
     with pytest.raises(ModuleNotFoundError, match="dsa_interface"):
         importlib.import_module("magi_attn_extensions.dsa_interface")
 
 
-def test_an_empty_folder_of_that_name_is_not_the_real_one(monkeypatch, tmp_path):
+@pytest.mark.parametrize("is_imported", [False, True])
+def test_an_empty_folder_of_that_name_is_not_the_real_one(monkeypatch, tmp_path, is_imported):
     (tmp_path / "magi_attn_extensions").mkdir()
     monkeypatch.syspath_prepend(tmp_path)
     finders = list(sys.meta_path)
     monkeypatch.delitem(sys.modules, "magi_attn_extensions", raising=False)
+    if is_imported:
+        importlib.import_module("magi_attn_extensions")
     compat.install()
     try:
         assert importlib.import_module("magi_attn_extensions").fa3_func_with_sink
     finally:
         sys.meta_path[:] = finders
-        sys.modules.pop("magi_attn_extensions", None)
+        for name in [name for name in sys.modules if name.startswith("magi_attn_extensions")]:
+            del sys.modules[name]
 
 
 def test_pytorchs_flash_kernels_and_tiles_agree():

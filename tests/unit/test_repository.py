@@ -301,9 +301,8 @@ def test_a_standstill_is_where_no_stream_computes(monkeypatch):
 
 def test_what_the_sanitizer_watches_runs(monkeypatch):
     monkeypatch.syspath_prepend(str(ROOT / "scripts"))
-    importlib.import_module("sanitize").kernels(
-        37, 3, 80, "cpu"
-    )  # the torch twins: a script that only GPUs run would go stale
+    # The torch twins: a script that only GPUs run would go stale.
+    importlib.import_module("sanitize").kernels(37, 3, 80, "cpu")
 
 
 @pytest.mark.parametrize("script", ["bench.py", "sanitize.py"])

@@ -241,9 +241,8 @@ class SymmetricMemory(Transport):
                 "a transfer that needs more symmetric memory was started while another one is in "
                 "flight"
             )
-        eighth = max(
-            _GRANULE, 1 << max(0, num_bytes.bit_length() - 4)
-        )  # so that slowly growing needs seldom come here
+        # With room to spare, so that needs that grow slowly seldom come here.
+        eighth = max(_GRANULE, 1 << max(0, num_bytes.bit_length() - 4))
         self._streams.idle()  # nobody reads or writes the arena
         try:
             self._arena = self._streams.allocate(-(-num_bytes // eighth) * eighth)

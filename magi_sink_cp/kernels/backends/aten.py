@@ -101,9 +101,8 @@ class AtenBackend(NoLseGradientBackend):
         was_deterministic = torch.are_deterministic_algorithms_enabled()
         was_warn_only = torch.is_deterministic_algorithms_warn_only_enabled()
         try:
-            if (
-                params.deterministic
-            ):  # with warn_only the operator would warn and stay non-deterministic
+            # With warn_only the operator would warn and stay non-deterministic.
+            if params.deterministic:
                 torch.use_deterministic_algorithms(True)
             dq, dk, dv = torch.ops.aten._flash_attention_backward(*arguments, **_mask(request))
         finally:
