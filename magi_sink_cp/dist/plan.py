@@ -31,6 +31,7 @@ from magi_sink_cp.dist.transport.choose import (
     choose_transport,
     known_symmetric_memory,
 )
+from magi_sink_cp.kernels.caching import BoundedCache
 from magi_sink_cp.kernels.checks import (
     as_cu_seqlens,
     as_int,
@@ -315,8 +316,7 @@ _numbers = itertools.count(1)
 _plans: weakref.WeakValueDictionary[int, CPPlan] = weakref.WeakValueDictionary()
 # Plans that an operator has used lately, the latest last. In a compiled graph its backward may come
 # after the caller has let them go.
-_used_lately: dict[CPPlan, None] = {}
-_KEPT = 64
+_used_lately: BoundedCache[CPPlan, None] = BoundedCache(64)
 
 
 def plan_of(handle: Tensor) -> CPPlan:
@@ -338,8 +338,6 @@ def plan_of(handle: Tensor) -> CPPlan:
         )
     _used_lately.pop(plan, None)
     _used_lately[plan] = None
-    if len(_used_lately) > _KEPT:
-        _used_lately.pop(next(iter(_used_lately)), None)
     return plan
 
 

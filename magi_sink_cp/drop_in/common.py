@@ -81,7 +81,8 @@ def varlen(
     sink = as_sink(sink, sink_layout, q)
     if len(inputs) == 1:
         # Here, as errors below say cu_seqlens_q, which such a function does not have.
-        as_cu_seqlens(lengths[0], "cu_seqlens", q.device)
+        cu_seqlens = as_cu_seqlens(lengths[0], "cu_seqlens", q.device)
+        lengths = (cu_seqlens, cu_seqlens, *lengths[2:])
     checked = make_lengths(q.device, *lengths)
     if checked is None:
         raise ValueError("cu_seqlens_q and cu_seqlens_k must be given, got None")

@@ -21,6 +21,7 @@ from torch import Tensor
 from magi_sink_cp.dist.methods.base import CallOptions, Request
 from magi_sink_cp.dist.plan import CPPlan, keep_plan, plan_of
 from magi_sink_cp.dist.resolve import (
+    FORWARD,
     agree_on_backward,
     agree_on_forward,
     check_tensors,
@@ -71,9 +72,9 @@ def cp_attention(
         checked = make_call_options(*options)
         if not torch.compiler.is_compiling():
             check_tensors(q, k, v, sink, plan, checked)
-    except Exception:
+    except Exception as error:
         if not torch.compiler.is_compiling():
-            agree_on_forward(plan, make_request, always_compare)  # tells the other ranks
+            plan.agreement.report_error(error, FORWARD, always_compare)
         raise
     out, lse, _ = _forward_op(q, k, v, sink, plan.handle, grads, want_lse, *checked)
     return out, lse

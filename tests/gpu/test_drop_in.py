@@ -29,6 +29,7 @@ from tests.support.drop_in import (
     lengths,
     needs_equal_heads,
     pack,
+    record_operator_calls,
     run_drop_in,
 )
 
@@ -292,21 +293,7 @@ def test_opcheck(name, sink_layout, monkeypatch):
     Schema, fake shapes and strides, dynamic shapes.
     """
     case = case_for(name, 2, sink_layout)
-    calls = []
-
-    def record(operator):
-        def call(*arguments):
-            calls.append((operator, arguments))
-            return operator(*arguments)
-
-        return call
-
-    class Forward:
-        default, dropout = record(ops._forward_op.default), record(ops._forward_op.dropout)
-
-    monkeypatch.setattr(ops, "is_watched", lambda tensors: True)
-    monkeypatch.setattr(ops, "_forward_op", Forward)
-    monkeypatch.setattr(ops, "_backward_op", record(ops._backward_op))
+    calls = record_operator_calls(monkeypatch)
     run_drop_in(name, case, deterministic=True)
     assert len(calls) == 2
     for operator, arguments in tuple(calls):  # opcheck makes more calls

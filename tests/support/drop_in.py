@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 import magi_sink_cp
+from magi_sink_cp.ops import attention as ops
 from tests.support.cases import Case
 
 DENSE = ("fa3_func_with_sink", "fa2_func_with_sink", "fa4_func_with_sink")
@@ -115,3 +116,23 @@ def run_drop_in(name: str, case: Case, function=None, **arguments: object) -> di
         zip(("dq", "dk", "dv"), unpack(name, taken, packed.get("num_heads_q")), strict=True)
     ) | {"dsink": dsink}
     return {key: value for key, value in values.items() if value is not None}
+
+
+def record_operator_calls(monkeypatch) -> list[tuple[object, tuple]]:
+    """From here on single-device attention calls its operators: a list of (operator, arguments)."""
+    calls = []
+
+    def record(operator):
+        def call(*arguments):
+            calls.append((operator, arguments))
+            return operator(*arguments)
+
+        return call
+
+    class Forward:
+        default, dropout = record(ops._forward_op.default), record(ops._forward_op.dropout)
+
+    monkeypatch.setattr(ops, "is_watched", lambda tensors: True)
+    monkeypatch.setattr(ops, "_forward_op", Forward)
+    monkeypatch.setattr(ops, "_backward_op", record(ops._backward_op))
+    return calls

@@ -18,7 +18,15 @@ import magi_sink_cp
 from magi_sink_cp import attention_with_sink
 from magi_sink_cp.ops import attention as ops
 from tests.support.cases import Case, make_case
-from tests.support.drop_in import FUNCTIONS, has_lse, is_varlen, lengths, needs_equal_heads, pack
+from tests.support.drop_in import (
+    FUNCTIONS,
+    has_lse,
+    is_varlen,
+    lengths,
+    needs_equal_heads,
+    pack,
+    record_operator_calls,
+)
 
 NAMES = (*FUNCTIONS, "attention_with_sink")
 
@@ -137,21 +145,7 @@ def test_opcheck(name, sink_layout, monkeypatch):
     arguments, leaves = arguments_of(name, case)
     if sink_layout is None:
         arguments["sink"], leaves = None, leaves[:-1]
-    calls = []
-
-    def record(operator):
-        def call(*values):
-            calls.append((operator, values))
-            return operator(*values)
-
-        return call
-
-    class Forward:
-        default, dropout = record(ops._forward_op.default), record(ops._forward_op.dropout)
-
-    monkeypatch.setattr(ops, "is_watched", lambda tensors: True)
-    monkeypatch.setattr(ops, "_forward_op", Forward)
-    monkeypatch.setattr(ops, "_backward_op", record(ops._backward_op))
+    calls = record_operator_calls(monkeypatch)
     out = getattr(magi_sink_cp, name)(**arguments)
     torch.autograd.grad(out, leaves, case.dout)
     assert len(calls) == 2

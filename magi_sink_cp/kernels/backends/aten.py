@@ -14,6 +14,7 @@ from magi_sink_cp.kernels.backends.flash import (
     flash_2_lse,
     flash_2_maxima,
     kernel_ready,
+    missing_sm_80,
     normalise_empty_rows,
 )
 from magi_sink_cp.kernels.protocol import Dropout, Gradients, KernelRequest, Partial, store
@@ -29,16 +30,11 @@ class AtenBackend(NoLseGradientBackend):
     features = frozenset({"deterministic", "dropout_p"})
 
     def unavailable(self) -> str | None:
-        if not torch.cuda.is_available():
-            return "torch sees no CUDA GPU"
+        if reason := missing_sm_80():
+            return reason
         if not torch.backends.cuda.is_flash_attention_available():
             return "this build of torch has no FlashAttention kernels"
-        capability = torch.cuda.get_device_capability()
-        return (
-            None
-            if capability >= (8, 0)
-            else f"it needs sm_80 or newer, and this GPU is sm_{capability[0]}{capability[1]}"
-        )
+        return None
 
     def describe(self) -> str:
         return f"aten (PyTorch's FlashAttention-2, torch {torch.__version__})"

@@ -22,6 +22,7 @@ from magi_sink_cp.kernels.backends.flash import (
     flash_2_maxima,
     kernel_ready,
     mask_and_scores,
+    missing_sm_80,
     new_gradients,
     normalise_empty_rows,
     why_unusable,
@@ -66,11 +67,7 @@ class Fa2Backend(NoLseGradientBackend):
     features = frozenset({"softcap", "deterministic", "dropout_p", "alibi_slopes", "block_table"})
 
     def unavailable(self) -> str | None:
-        if not torch.cuda.is_available():
-            return "torch sees no CUDA GPU"
-        if (capability := torch.cuda.get_device_capability()) < (8, 0):
-            return f"it needs sm_80 or newer, and this GPU is sm_{capability[0]}{capability[1]}"
-        return why_unusable(_library)
+        return missing_sm_80() or why_unusable(_library)
 
     def unsupported(
         self, q: Tensor, request: KernelRequest, head_dim_v: int | None = None

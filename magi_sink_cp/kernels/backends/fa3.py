@@ -20,10 +20,12 @@ import torch
 from torch import Tensor
 
 from magi_sink_cp.kernels.backends.flash import (
+    NO_GPU,
     NoLseGradientBackend,
     kernel_ready,
     mask_and_scores,
     new_gradients,
+    packed_lengths,
     why_unusable,
 )
 from magi_sink_cp.kernels.existing import clear, clear_columns, missing_keys, missing_rows
@@ -103,7 +105,7 @@ class Fa3Backend(NoLseGradientBackend):
 
     def unavailable(self) -> str | None:
         if not torch.cuda.is_available():
-            return "torch sees no CUDA GPU"
+            return NO_GPU
         major, minor = torch.cuda.get_device_capability()
         if major != 9:
             return f"it needs a Hopper GPU (sm_90), and this one is sm_{major}{minor}"
@@ -217,21 +219,12 @@ class Fa3Backend(NoLseGradientBackend):
 
 
 def _common(request: KernelRequest) -> dict[str, Any]:
-    arguments = mask_and_scores(request) | {
+    return {
+        **mask_and_scores(request),
         "is_causal": request.params.causal,
         "sm_margin": request.params.sm_margin,
+        **packed_lengths(request),
     }
-    varlen = request.varlen
-    if varlen is not None:
-        arguments |= {
-            "cu_seqlens_q": varlen.cu_seqlens_q,
-            "cu_seqlens_k": varlen.cu_seqlens_k,
-            "max_seqlen_q": varlen.max_seqlen_q,
-            "max_seqlen_k": varlen.max_seqlen_k,
-            "seqused_q": varlen.seqused_q,
-            "seqused_k": varlen.seqused_k,
-        }
-    return arguments
 
 
 def _extras(extras: Extras, qv_name: str) -> dict[str, Tensor | None]:

@@ -18,7 +18,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from magi_sink_cp.kernels.backends.flash import FlashBackend, kernel_ready, why_unusable
+from magi_sink_cp.kernels.backends.flash import (
+    NO_GPU,
+    FlashBackend,
+    kernel_ready,
+    packed_lengths,
+    why_unusable,
+)
 from magi_sink_cp.kernels.existing import clear, clear_columns, missing_keys, missing_rows
 from magi_sink_cp.kernels.protocol import Gradients, KernelRequest, NotUsableError, Partial
 
@@ -56,7 +62,7 @@ class Fa4Backend(FlashBackend):
 
     def unavailable(self) -> str | None:
         if not torch.cuda.is_available():
-            return "torch sees no CUDA GPU"
+            return NO_GPU
         major, minor = torch.cuda.get_device_capability()
         if major not in _HEAD_DIMS:
             return (
@@ -193,26 +199,17 @@ class Fa4Backend(FlashBackend):
 
 
 def _common(request: KernelRequest, sink: Tensor | None) -> dict[str, Any]:
-    params, varlen = request.params, request.varlen
+    params = request.params
     left, right = (None if size < 0 else size for size in params.window_size)
-    arguments: dict[str, Any] = {
+    return {
         "softmax_scale": params.softmax_scale,
         "causal": params.causal,
         "softcap": params.softcap,
         "window_size_left": left,
         "window_size_right": right,
         "learnable_sink": None if sink is None else sink[0],
+        **packed_lengths(request),
     }
-    if varlen is not None:
-        arguments |= {
-            "cu_seqlens_q": varlen.cu_seqlens_q,
-            "cu_seqlens_k": varlen.cu_seqlens_k,
-            "max_seqlen_q": varlen.max_seqlen_q,
-            "max_seqlen_k": varlen.max_seqlen_k,
-            "seqused_q": varlen.seqused_q,
-            "seqused_k": varlen.seqused_k,
-        }
-    return arguments
 
 
 @functools.cache

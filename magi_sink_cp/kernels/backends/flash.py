@@ -25,6 +25,7 @@ from magi_sink_cp.kernels.protocol import (
 )
 
 MAX_HEAD_DIM = 256
+NO_GPU = "torch sees no CUDA GPU"
 _INF = float("inf")
 
 
@@ -156,6 +157,30 @@ def mask_and_scores(request: KernelRequest) -> dict[str, Any]:
         "window_size_right": right,
         "softcap": params.softcap,
     }
+
+
+def packed_lengths(request: KernelRequest) -> dict[str, Any]:
+    """FlashAttention-3's and -4's keyword arguments for packed documents; none if it is dense."""
+    varlen = request.varlen
+    if varlen is None:
+        return {}
+    return {
+        "cu_seqlens_q": varlen.cu_seqlens_q,
+        "cu_seqlens_k": varlen.cu_seqlens_k,
+        "max_seqlen_q": varlen.max_seqlen_q,
+        "max_seqlen_k": varlen.max_seqlen_k,
+        "seqused_q": varlen.seqused_q,
+        "seqused_k": varlen.seqused_k,
+    }
+
+
+def missing_sm_80() -> str | None:
+    """Why FlashAttention-2's kernels have no GPU to run on, or None."""
+    if not torch.cuda.is_available():
+        return NO_GPU
+    if (capability := torch.cuda.get_device_capability()) < (8, 0):
+        return f"it needs sm_80 or newer, and this GPU is sm_{capability[0]}{capability[1]}"
+    return None
 
 
 def check_flash_2_window(q: Tensor, k: Tensor, request: KernelRequest) -> None:
