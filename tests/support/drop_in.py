@@ -92,6 +92,9 @@ def run_drop_in(name: str, case: Case, function=None, **arguments: object) -> di
     leaves = [x.requires_grad_() for x in packed.values() if isinstance(x, Tensor)]
     sink = None if case.sink is None else case.sink.detach().clone().requires_grad_()
     options = dict(case.options)
+    if name.startswith("fa4") and "window_size" in options:
+        # FlashAttention-4 writes "unlimited" as None, the others as -1.
+        options["window_size"] = tuple(None if x == -1 else x for x in options["window_size"])
     if has_lse(name):
         options["return_attn_probs"] = True
     result = function(
