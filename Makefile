@@ -1,5 +1,5 @@
 # make train    set up, then train a small sink-attention model, context-parallel, and verify it
-# make test     set up, then run the whole test suite
+# make test     set up, then run the whole test suite in WORKERS processes (default 2)
 # make stress   draw random cases for MINUTES minutes (default 10) and print a reproducer for a failure
 # make fa3      add FlashAttention-3 for Hopper GPUs to the environment
 # make docs     build the documentation site into site/
@@ -13,6 +13,7 @@ TORCH ?= torch==2.13.0
 RANKS = $(shell $(BIN)/python -c "import torch; print(torch.cuda.device_count() or 2)")
 
 MINUTES ?= 10
+WORKERS ?= 2
 
 .PHONY: train test stress fa3 docs extras lint clean
 
@@ -20,7 +21,7 @@ train: $(VENV)/.installed
 	$(BIN)/python -m torch.distributed.run --standalone --nproc-per-node $(RANKS) scripts/train.py --verify
 
 test: $(VENV)/.installed
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile
 
 stress: $(VENV)/.installed
 	$(BIN)/python -m tests.stress --minutes $(MINUTES)

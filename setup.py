@@ -16,6 +16,7 @@ TEST = [
     "matplotlib>=3.7",
     "numpy>=1.24",  # Triton's interpreter
     "pytest>=8",
+    "pytest-xdist>=3.6",
     "pytest-timeout>=2.2",
     "setuptools>=77",
     "tqdm>=4.60",
