@@ -80,7 +80,7 @@ def varlen(
     check_qkv(q, k, v, 3, _PACKED, family == "fa3", paged, _NAMES[len(inputs)])
     sink = as_sink(sink, sink_layout, q)
     if len(inputs) == 1:
-        # Here, as errors below say cu_seqlens_q, which such a function does not have.
+        # Here, so that errors of type and shape say cu_seqlens; those of contents say cu_seqlens_q.
         cu_seqlens = as_cu_seqlens(lengths[0], "cu_seqlens", q.device)
         lengths = (cu_seqlens, cu_seqlens, *lengths[2:])
     checked = make_lengths(q.device, *lengths)

@@ -405,13 +405,14 @@ def make_lengths(
     cu_seqlens_k: Any,
     max_seqlen_q: Any = None,
     max_seqlen_k: Any = None,
-    seqused_q: Tensor | None = None,
-    seqused_k: Tensor | None = None,
+    seqused_q: Any = None,
+    seqused_k: Any = None,
 ) -> Lengths | None:
     """The checked :class:`Lengths`, or None if no argument is given.
 
-    Offsets may be int32 or int64 tensors, NumPy arrays, or sequences of ints. They become int32
-    tensors on ``device``. A max_seqlen may be a 0-dim tensor (reading one from a GPU waits for it).
+    Offsets and seqused may be int32 or int64 tensors, NumPy arrays, or sequences of ints. They
+    become int32 tensors on ``device``. A max_seqlen may be a 0-dim tensor (reading one from a GPU
+    waits for it).
 
     Raises:
         TypeError, ValueError: one of cu_seqlens is missing, something belongs to cu_seqlens that
@@ -455,13 +456,14 @@ def make_lengths(
 def _as_seqused(used: Any, name: str, device: torch.device, documents: int) -> Tensor | None:
     if used is None:
         return None
-    used = as_cu_seqlens(used, name, device, f"({documents},)")
-    if used.shape[0] != documents:
+    used = _as_integers(used, name, device)
+    if tuple(used.shape) != (documents,):
         raise ValueError(
             f"{name} must have shape ({documents},), a length for each document, got "
             f"{tuple(used.shape)}"
         )
-    return used
+    # Converted anew in each call: callers write new lengths into the same tensor.
+    return used.to(torch.int32)
 
 
 def _as_max_seqlen(which: str, longest: Any) -> int | None:
@@ -479,31 +481,47 @@ def _as_max_seqlen(which: str, longest: Any) -> int | None:
     return whole
 
 
-def as_cu_seqlens(
-    cu_seqlens: Any,
-    name: str,
-    device: torch.device | None = None,
-    shape_text: str = "(documents + 1,)",
-) -> Tensor:
-    """cu_seqlens or seqused as a contiguous int32 tensor; ``device`` must be its own.
+def as_cu_seqlens(cu_seqlens: Any, name: str, device: torch.device | None = None) -> Tensor:
+    """Offsets as a contiguous int32 tensor; ``device`` must be its own.
 
     Raises:
-        TypeError, ValueError: it cannot be one.
+        TypeError, ValueError: they cannot be one.
     """
-    if not isinstance(cu_seqlens, Tensor):
-        is_array = hasattr(cu_seqlens, "__array__")
-        if not is_array and (isinstance(cu_seqlens, str) or not isinstance(cu_seqlens, Sequence)):
-            raise TypeError(f"{name} must be a torch.Tensor, got {type(cu_seqlens).__name__}")
-        cu_seqlens = _from_numbers(cu_seqlens, name, device)
-    if cu_seqlens.dtype not in (torch.int32, torch.int64):
-        raise TypeError(f"{name} must have dtype torch.int32, got {cu_seqlens.dtype}")
-    if cu_seqlens.dim() != 1 or cu_seqlens.shape[0] < 1:
-        raise ValueError(f"{name} must have shape {shape_text}, got {tuple(cu_seqlens.shape)}")
-    if device is not None and cu_seqlens.device != device:
-        raise ValueError(f"{name} must be on the device of q ({device}), got {cu_seqlens.device}")
-    if not cu_seqlens.is_contiguous():
-        raise ValueError(f"{name} must be contiguous, got strides {cu_seqlens.stride()}")
-    return cu_seqlens if cu_seqlens.dtype == torch.int32 else _as_int32(cu_seqlens)
+    offsets = _as_integers(cu_seqlens, name, device)
+    if offsets.dim() != 1 or offsets.shape[0] < 1:
+        raise ValueError(f"{name} must have shape (documents + 1,), got {tuple(offsets.shape)}")
+    return offsets if offsets.dtype == torch.int32 else _as_int32(offsets)
+
+
+def _as_integers(values: Any, name: str, device: torch.device | None) -> Tensor:
+    """Ints, or a tensor of them, as a contiguous int32 or int64 tensor.
+
+    Numbers on a CPU fit in int32. On a GPU they are not read, as the host would wait.
+    """
+    if not isinstance(values, Tensor):
+        is_array = hasattr(values, "__array__")
+        if not is_array and (isinstance(values, str) or not isinstance(values, Sequence)):
+            raise TypeError(f"{name} must be a torch.Tensor, got {type(values).__name__}")
+        values = _from_numbers(values, name, device)
+    if values.dtype not in (torch.int32, torch.int64):
+        raise TypeError(f"{name} must have dtype torch.int32 or torch.int64, got {values.dtype}")
+    if device is not None and values.device != device:
+        raise ValueError(f"{name} must be on the device of q ({device}), got {values.device}")
+    if not values.is_contiguous():
+        raise ValueError(f"{name} must be contiguous, got strides {values.stride()}")
+    if values.dtype == torch.int64:
+        _check_fits_int32(values, name)
+    return values
+
+
+def _check_fits_int32(values: Tensor, name: str) -> None:
+    if torch.compiler.is_compiling() or values.device.type != "cpu" or not values.numel():
+        return
+    for extreme in torch.aminmax(values):
+        if type(extreme) is not Tensor:  # a fake one has no number
+            return
+        if abs(int(extreme)) > _LARGEST:
+            raise ValueError(f"{name} must fit in int32, got {int(extreme)}")
 
 
 def _from_numbers(values: Any, name: str, device: torch.device | None) -> Tensor:
@@ -522,8 +540,16 @@ def _from_numbers(values: Any, name: str, device: torch.device | None) -> Tensor
 
 
 def _as_int32(cu_seqlens: Tensor) -> Tensor:
-    """int64 offsets as int32; an unchanged tensor is converted once."""
-    if torch.compiler.is_compiling() or cu_seqlens.is_inference():
+    """int64 offsets as int32; on a GPU an unchanged tensor is converted once.
+
+    A CUDA graph holds its own conversion, so that a replay reads the offsets of its time.
+    """
+    if (
+        torch.compiler.is_compiling()
+        or not cu_seqlens.is_cuda
+        or cu_seqlens.is_inference()
+        or torch.cuda.is_current_stream_capturing()
+    ):
         return cu_seqlens.to(torch.int32)
     version, converted = _converted.get(cu_seqlens, (None, None))
     if converted is None or version != cu_seqlens._version:

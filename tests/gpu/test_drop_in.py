@@ -456,6 +456,38 @@ def test_seqused_of_fa3():
         assert (value.cpu().float() - expected[key]).norm() <= 1e-2 * expected[key].norm(), key
 
 
+@pytest.mark.parametrize("argument", ["cu_seqlens", "seqused_k"])
+def test_a_cuda_graph_reads_int64_lengths_anew(argument):
+    """Its replays convert what the tensor holds by then, also where a call before it did so."""
+    if reason := missing("fa3"):
+        pytest.skip(reason)
+    q, k, v = (torch.randn(300, 4, 64, device="cuda", dtype=torch.bfloat16) for _ in range(3))
+    offsets = torch.tensor([0, 120, 300], device="cuda")
+    used = torch.tensor([60, 90], device="cuda") if argument == "seqused_k" else None
+    changed, later = (offsets, [0, 200, 300]) if used is None else (used, [100, 20])
+
+    def step():
+        return magi_sink_cp.fa3_varlen_func_with_sink(
+            q, k, v, offsets, offsets, 300, 300, causal=True, seqused_k=used
+        )
+
+    with torch.no_grad():
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            step()
+        torch.cuda.current_stream().wait_stream(stream)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            captured = step()
+        graph.replay()
+        before = captured.clone()
+        changed.copy_(torch.tensor(later, device="cuda"))
+        graph.replay()
+        assert torch.equal(captured, step())
+        assert not torch.equal(captured, before)
+
+
 def test_dsink_keeps_its_digits_over_64k_rows():
     """The existing extension multiplies out and dout in bf16.
 

@@ -402,13 +402,45 @@ def test_seqused(name):
     assert_close(
         {**taken, "lse": result["lse"][:, rows], "dsink": result["dsink"]}, expected, TOLERANCE
     )
-    for wrong, message in (
-        (used_q[:3], r"seqused_q must have shape \(4,\), a length for each document"),
-        (used_q.float(), "seqused_q must have dtype torch.int32"),
-        (used_q + 9, "seqused_q must be from 0 to"),
+    for wrong, error, message in (
+        (used_q[:3], ValueError, r"seqused_q must have shape \(4,\), a length for each document"),
+        (used_q.float(), TypeError, "seqused_q must have dtype torch.int32 or torch.int64"),
+        (used_q + 9, ValueError, "seqused_q must be from 0 to"),
+        (used_q.long() + 2**32, ValueError, "seqused_q must fit in int32, got 4294967"),
     ):
-        with pytest.raises((TypeError, ValueError), match=message):
+        with pytest.raises(error, match=message):
             run_drop_in(name, case, seqused_q=wrong)
+
+
+@pytest.mark.parametrize("argument", ["seqused_k", "cu_seqlens_q"])
+def test_numbers_that_torch_does_not_see_change(argument):
+    """int64 lengths that share memory with an array give the result of the array's numbers."""
+    q, k, v = (torch.randn(9, 2, 16) for _ in range(3))
+    offsets = [0, 4, 9]
+    now, later = ([2, 3], [4, 5]) if argument == "seqused_k" else (offsets, [0, 6, 9])
+    lengths = {"cu_seqlens_q": offsets, "cu_seqlens_k": offsets}
+
+    def run(value):
+        return magi_sink_cp.fa3_varlen_func_with_sink(
+            q, k, v, max_seqlen_q=9, max_seqlen_k=9, causal=True, **(lengths | {argument: value})
+        )
+
+    array = numpy.array(now)
+    shared = torch.from_numpy(array)
+    assert torch.equal(run(shared), run(now))
+    array[:] = later
+    assert torch.equal(run(shared), run(later))
+    assert not torch.equal(run(now), run(later))
+
+
+def test_no_document_with_seqused():
+    empty = torch.zeros(0, 2, 16)
+    for used in ([], torch.zeros(0, dtype=torch.int32)):
+        out = magi_sink_cp.fa3_varlen_func_with_sink(
+            empty, empty, empty, cu_seqlens_q=[0], cu_seqlens_k=[0], max_seqlen_q=0,
+            max_seqlen_k=0, seqused_q=used,
+        )  # fmt: skip
+        assert out.shape == empty.shape
 
 
 @pytest.mark.parametrize(

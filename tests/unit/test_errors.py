@@ -167,7 +167,7 @@ PACKED = [
     (
         {"cu_seqlens_q": cu(0, 6, dtype=torch.int16)},
         TypeError,
-        "cu_seqlens_q must have dtype torch.int32, got torch.int16",
+        "cu_seqlens_q must have dtype torch.int32 or torch.int64, got torch.int16",
     ),
     ({"cu_seqlens_q": {0, 6}}, TypeError, "cu_seqlens_q must be a torch.Tensor, got set"),
     (
