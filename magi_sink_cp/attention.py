@@ -7,13 +7,8 @@ from collections.abc import Sequence
 from torch import Tensor
 
 from magi_sink_cp.kernels.backends.registry import BackendPolicy, check_backend_name
-from magi_sink_cp.kernels.checks import (
-    as_sink,
-    check_qkv,
-    make_lengths,
-    make_params,
-    under_autocast,
-)
+from magi_sink_cp.kernels.checks import as_sink, check_qkv, make_params, under_autocast
+from magi_sink_cp.kernels.lengths import make_lengths
 from magi_sink_cp.ops.attention import OperatorOptions, attention
 
 

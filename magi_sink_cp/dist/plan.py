@@ -33,14 +33,13 @@ from magi_sink_cp.dist.transport.choose import (
 )
 from magi_sink_cp.kernels.caching import BoundedCache
 from magi_sink_cp.kernels.checks import (
-    as_cu_seqlens,
     as_int,
+    as_ints,
     check_dense,
-    check_offsets,
-    read_cu_seqlens,
     refuse_dtensor,
     refuse_forward_mode,
 )
+from magi_sink_cp.kernels.lengths import as_cu_seqlens, check_offsets, read_cu_seqlens
 
 UNSHARD = "CPPlan.unshard (or shard's backward)"
 
@@ -421,8 +420,4 @@ def _ints(cu_seqlens: object) -> tuple[int, ...]:
             "cu_seqlens must be an int32 tensor, a sequence of ints or None, got "
             f"{type(cu_seqlens).__name__}"
         )
-    ints = tuple(as_int(value) for value in values)
-    for entry, value in enumerate(ints):
-        if value is None:
-            raise TypeError(f"cu_seqlens must hold ints, got {values[entry]!r} at entry {entry}")
-    return ints  # type: ignore[return-value]
+    return as_ints("cu_seqlens", values)

@@ -12,14 +12,8 @@ import torch
 from torch import Tensor
 
 from magi_sink_cp.kernels.backends.registry import drop_in_policy
-from magi_sink_cp.kernels.checks import (
-    as_cu_seqlens,
-    as_sink,
-    check_extras,
-    check_qkv,
-    make_lengths,
-    under_autocast,
-)
+from magi_sink_cp.kernels.checks import as_sink, check_extras, check_qkv, under_autocast
+from magi_sink_cp.kernels.lengths import as_cu_seqlens, make_lengths
 from magi_sink_cp.kernels.protocol import FP8, NO_EXTRAS, AttentionParams, Extras
 from magi_sink_cp.ops.attention import OperatorOptions, attention, split_inputs
 

@@ -23,15 +23,10 @@ from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
 from magi_sink_cp.kernels.backends.fa4 import Fa4Backend
 from magi_sink_cp.kernels.backends.registry import BackendPolicy, adding_sink, select_backend
-from magi_sink_cp.kernels.checks import (
-    PLAIN_TENSORS,
-    Lengths,
-    as_flag,
-    make_varlen,
-    refuse_forward_mode,
-)
+from magi_sink_cp.kernels.checks import PLAIN_TENSORS, as_flag, refuse_forward_mode
 from magi_sink_cp.kernels.dsink import sink_gradient
 from magi_sink_cp.kernels.existing import clear_columns, missing_rows
+from magi_sink_cp.kernels.lengths import Lengths, make_varlen
 from magi_sink_cp.kernels.merge import merge
 from magi_sink_cp.kernels.protocol import (
     NO_EXTRAS,
