@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from magi_sink_cp.kernels.checks import INT32_MAX, as_int, as_ints
@@ -107,7 +108,8 @@ def _as_max_seqlen(which: str, longest: Any) -> int | None:
     if torch.compiler.is_compiling():  # it may depend on data, and can then not be asked anything
         whole_or_symbol: Any = longest.item() if isinstance(longest, Tensor) else longest
         return whole_or_symbol
-    whole = as_int(longest)
+    is_meta = isinstance(longest, Tensor) and longest.is_meta  # it has no number
+    whole = None if is_meta else as_int(longest)
     if whole is None or whole < 0:
         raise ValueError(
             f"max_seqlen_{which} must be an int >= 0, the longest document of cu_seqlens_{which}, "
@@ -131,12 +133,16 @@ def as_cu_seqlens(cu_seqlens: Any, name: str, device: torch.device | None = None
 def _as_integers(values: Any, name: str, device: torch.device | None) -> Tensor:
     """Ints, or a tensor of them, as a contiguous int32 or int64 tensor.
 
-    Numbers on a CPU fit in int32. On a GPU they are not read, as the host would wait.
+    Numbers on a CPU fit in int32. On a GPU, and in a compiled graph, they are not read: the host
+    would wait.
     """
     if not isinstance(values, Tensor):
         is_array = hasattr(values, "__array__")
         if not is_array and (isinstance(values, str) or not isinstance(values, Sequence)):
-            raise TypeError(f"{name} must be a torch.Tensor, got {type(values).__name__}")
+            raise TypeError(
+                f"{name} must be an int32 or int64 tensor, a NumPy array or a sequence of ints, "
+                f"got {type(values).__name__}"
+            )
         values = _from_numbers(values, name, device)
     if values.dtype not in (torch.int32, torch.int64):
         raise TypeError(f"{name} must have dtype torch.int32 or torch.int64, got {values.dtype}")
@@ -152,11 +158,12 @@ def _as_integers(values: Any, name: str, device: torch.device | None) -> Tensor:
 def _check_fits_int32(values: Tensor, name: str) -> None:
     if torch.compiler.is_compiling() or values.device.type != "cpu" or not values.numel():
         return
-    for extreme in torch.aminmax(values):
-        if type(extreme) is not Tensor:  # a fake one has no number
-            return
-        if abs(int(extreme)) > INT32_MAX:
-            raise ValueError(f"{name} must fit in int32, got {int(extreme)}")
+    if isinstance(values, FakeTensor):  # it has no numbers
+        return
+    numbers = values.as_subclass(Tensor).numpy()
+    for extreme in (int(numbers.min()), int(numbers.max())):
+        if abs(extreme) > INT32_MAX:
+            raise ValueError(f"{name} must fit in int32, got {extreme}")
 
 
 def _from_numbers(values: Any, name: str, device: torch.device | None) -> Tensor:
@@ -166,7 +173,7 @@ def _from_numbers(values: Any, name: str, device: torch.device | None) -> Tensor
     if not isinstance(values, Sequence):
         raise TypeError(f"{name} must hold ints, got {values!r}")
     ints = as_ints(name, values)
-    largest = max(map(abs, ints), default=0)
+    largest = max([0, *map(abs, ints)])  # as Dynamo can trace it
     if largest > INT32_MAX:
         raise ValueError(f"{name} must fit in int32, got {largest}")
     return torch.tensor(ints, dtype=torch.int32, device=device or "cpu")
@@ -181,6 +188,7 @@ def _as_int32(cu_seqlens: Tensor) -> Tensor:
         torch.compiler.is_compiling()
         or not cu_seqlens.is_cuda
         or cu_seqlens.is_inference()
+        or torch.is_inference_mode_enabled()  # training could not save what is made here
         or torch.cuda.is_current_stream_capturing()
     ):
         return cu_seqlens.to(torch.int32)

@@ -169,7 +169,11 @@ PACKED = [
         TypeError,
         "cu_seqlens_q must have dtype torch.int32 or torch.int64, got torch.int16",
     ),
-    ({"cu_seqlens_q": {0, 6}}, TypeError, "cu_seqlens_q must be a torch.Tensor, got set"),
+    (
+        {"cu_seqlens_q": {0, 6}},
+        TypeError,
+        "cu_seqlens_q must be an int32 or int64 tensor, a NumPy array or a",
+    ),
     (
         {"cu_seqlens_q": cu(0, 6)[None]},
         ValueError,
@@ -227,7 +231,7 @@ PLAN = [
     (
         {"layout": ["zigzag"]},
         ValueError,
-        r"layout must be one of \['balanced', 'zigzag'\], got \['zigzag'\]",
+        r"layout must be one of \['auto', 'balanced', 'zigzag'\], got \['zigzag'\]",
     ),
     (
         {"transport": "rdma"},
@@ -237,7 +241,7 @@ PLAN = [
     (
         {"layout": "striped"},
         ValueError,
-        r"layout must be one of \['balanced', 'zigzag'\], got 'striped'",
+        r"layout must be one of \['auto', 'balanced', 'zigzag'\], got 'striped'",
     ),
     (
         {"cu_seqlens": cu(0, 9)},
@@ -253,7 +257,7 @@ PLAN = [
     (
         {"cu_seqlens": 10},
         TypeError,
-        "cu_seqlens must be an int32 tensor, a sequence of ints or None, got int",
+        "cu_seqlens must be an int32 or int64 tensor, a NumPy array, a sequence of ints or None",
     ),
     ({"cu_seqlens": [0, 6.0, 10]}, TypeError, "cu_seqlens must hold ints, got 6.0 at entry 1"),
     ({"cu_seqlens": [False, 10]}, TypeError, "cu_seqlens must hold ints, got False at entry 0"),
