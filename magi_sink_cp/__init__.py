@@ -1,10 +1,11 @@
 """Exact attention with learnable sinks, on one device and across context-parallel ranks."""
 
-from magi_sink_cp import compat
+from magi_sink_cp import compat, masks
 from magi_sink_cp.attention import attention_with_sink
 from magi_sink_cp.cp_attention import cp_attention_with_sink
 from magi_sink_cp.dist import shard as _shard  # noqa: F401 (registers its operators)
-from magi_sink_cp.dist.plan import CPPlan, make_cp_plan
+from magi_sink_cp.dist.plan import CPPlan, make_cp_blueprint, make_cp_plan
+from magi_sink_cp.dist.planning.blueprint import CPBlueprint
 from magi_sink_cp.drop_in.fa2 import (
     fa2_func_with_sink,
     fa2_kvpacked_func_with_sink,
@@ -27,6 +28,7 @@ __version__ = "0.1.0"
 
 __all__ = [
     "BackendInfo",
+    "CPBlueprint",
     "CPPlan",
     "SinkAttention",
     "attention_with_sink",
@@ -44,6 +46,8 @@ __all__ = [
     "fa3_varlen_func_with_sink",
     "fa4_func_with_sink",
     "fa4_varlen_func_with_sink",
+    "make_cp_blueprint",
     "make_cp_plan",
+    "masks",
     "set_fallback",
 ]

@@ -4,12 +4,26 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import torch
 from torch import Tensor
 
+from magi_sink_cp.cp_attention import cp_attention_with_sink
+from magi_sink_cp.dist.plan import CPPlan, make_cp_plan
+from magi_sink_cp.dist.planning.mask import Slice, check_slices
 from magi_sink_cp.kernels.backends.registry import BackendPolicy, check_backend_name
-from magi_sink_cp.kernels.checks import as_sink, check_qkv, make_params, under_autocast
+from magi_sink_cp.kernels.caching import BoundedCache
+from magi_sink_cp.kernels.checks import (
+    as_sink,
+    check_qkv,
+    make_params,
+    under_autocast,
+    window_limits,
+)
 from magi_sink_cp.kernels.lengths import make_lengths
 from magi_sink_cp.ops.attention import OperatorOptions, attention
+
+# Plans of mask_slices: layers and steps repeat.
+_plans: BoundedCache[object, CPPlan] = BoundedCache(64)
 
 
 def attention_with_sink(
@@ -23,6 +37,7 @@ def attention_with_sink(
     cu_seqlens_k: Tensor | Sequence[int] | None = None,
     max_seqlen_q: int | None = None,
     max_seqlen_k: int | None = None,
+    mask_slices: Sequence[Slice] | None = None,
     softmax_scale: float | None = None,
     causal: bool = False,
     window_size: Sequence[int | None] = (-1, -1),
@@ -52,6 +67,9 @@ def attention_with_sink(
         cu_seqlens_q, cu_seqlens_k: (documents + 1,) int32 or int64 offsets of packed documents on
             the device of q, or a sequence of ints. A new CUDA tensor is copied to the host once.
         max_seqlen_q, max_seqlen_k: at least the longest document; None reads it from cu_seqlens.
+        mask_slices: the whole mask, as in :func:`magi_sink_cp.make_cp_plan`; queries and keys are
+            the same tokens, and every sample of a batch has this mask. Neither causal, window_size
+            nor cu_seqlens go with it. Equal slices are planned once.
         softmax_scale: factor on q·k; None is d^-1/2.
         causal: mask aligned to the bottom right: row i sees keys up to i + sk - sq.
         window_size: (left, right) tokens seen around i + sk - sq; -1 or None is unlimited. causal
@@ -70,6 +88,29 @@ def attention_with_sink(
         TypeError, ValueError: an argument is invalid. Raised before any kernel runs.
         RuntimeError: in backward, a second derivative is asked for.
     """
+    if mask_slices is not None:
+        lengths_given = any(
+            x is not None for x in (cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
+        )
+        if causal or window_limits(window_size) != (-1, -1) or lengths_given:
+            raise ValueError(
+                "causal, window_size, cu_seqlens and max_seqlen must be left out beside "
+                f"mask_slices, which are the whole mask, got causal={causal!r}, "
+                f"window_size={window_size!r} and {'some' if lengths_given else 'no'} lengths"
+            )
+        return cp_attention_with_sink(
+            q,
+            k,
+            v,
+            sink,
+            plan=_plan_of_slices(q, k, mask_slices),
+            sink_layout=sink_layout,
+            softmax_scale=softmax_scale,
+            softcap=softcap,
+            deterministic=deterministic,
+            backend=backend,
+            return_lse=return_lse,
+        )
     packed = cu_seqlens_q is not None or cu_seqlens_k is not None
     shape_text = "(batch, seqlen, heads, head_dim)"
     if packed:
@@ -83,3 +124,33 @@ def attention_with_sink(
     options = OperatorOptions(read_lengths=True, want_lse=return_lse)
     out, lse, _ = attention((q, k, v), sink, BackendPolicy(backend), params, options, lengths)
     return (out, lse) if return_lse else out
+
+
+@torch.compiler.disable(reason="planning is not traced")
+def _plan_of_slices(q: Tensor, k: Tensor, mask_slices: Sequence[Slice]) -> CPPlan:
+    """The plan of one device for these slices, made once.
+
+    Raises:
+        TypeError, ValueError: q and k are no tensors of the same tokens, or the slices are invalid.
+    """
+    for name, x in (("q", q), ("k", k)):
+        if not isinstance(x, Tensor) or x.dim() not in (3, 4):
+            given = tuple(x.shape) if isinstance(x, Tensor) else type(x).__name__
+            raise ValueError(
+                f"{name} must have shape (total, heads, head_dim) or (batch, seqlen, heads, "
+                f"head_dim), got {given}"
+            )
+    if q.shape[-3] != k.shape[-3]:
+        raise ValueError(
+            "q and k must have the same tokens beside mask_slices, got "
+            f"{tuple(q.shape)} and {tuple(k.shape)}"
+        )
+    try:
+        key = q.shape[-3], tuple(mask_slices)
+        plan = _plans.get(key)
+    except TypeError:  # lists in them, or no slices at all
+        key = q.shape[-3], check_slices(q.shape[-3], mask_slices)
+        plan = _plans.get(key)
+    if plan is None:
+        plan = _plans[key] = make_cp_plan(q.shape[-3], mask_slices=mask_slices)
+    return plan

@@ -21,7 +21,7 @@ def cp_attention_with_sink(
     plan: CPPlan,
     sink_layout: str = "sh",
     softmax_scale: float | None = None,
-    causal: bool = True,
+    causal: bool | None = None,
     window_size: Sequence[int | None] = (-1, -1),
     softcap: float = 0.0,
     deterministic: bool = False,
@@ -45,7 +45,8 @@ def cp_attention_with_sink(
         sink: "sh": (s_sink, h) or (h,), the same on every rank. "ssh": (plan.local_tokens, s_sink,
             h), or with b, sharded like q. None is plain attention.
         plan: of :func:`magi_sink_cp.make_cp_plan`. Its documents do not see each other.
-        causal: mask within each document.
+        causal: mask within each document. None is True, or what the plan's mask_slices say; beside
+            these neither causal nor window_size may be given.
         window_size: (left, right) tokens seen around each query in its document; -1 or None is
             unlimited. causal sets right to 0. Only keys within the window travel. One plan serves
             layers with different windows.

@@ -44,7 +44,7 @@ class SinkAttention(nn.Module):
         *,
         init_std: float = 0.02,
         softmax_scale: float | None = None,
-        causal: bool = True,
+        causal: bool | None = None,
         window_size: tuple[int, int] = (-1, -1),
         softcap: float = 0.0,
         deterministic: bool = False,
@@ -64,7 +64,14 @@ class SinkAttention(nn.Module):
             )
         check_backend_name(backend)
         # Raises here what does not depend on q.
-        make_params(1, softmax_scale, causal, window_size, softcap, deterministic)
+        make_params(
+            1,
+            softmax_scale,
+            True if causal is None else causal,
+            window_size,
+            softcap,
+            deterministic,
+        )
         self.init_std = as_float("init_std", init_std, zero_allowed=True)
         self.dsink_reduce = dsink_reduce
         self.options: dict[str, Any] = {
@@ -114,8 +121,10 @@ class SinkAttention(nn.Module):
             "max_seqlen_k": max_seqlen_k,
         }
         if plan is None:
+            causal = self.options["causal"]
+            options = self.options | {"causal": True if causal is None else causal}
             return attention_with_sink(
-                q, k, v, self.sink, return_lse=return_lse, **lengths, **self.options
+                q, k, v, self.sink, return_lse=return_lse, **lengths, **options
             )
         if given := [name for name, value in lengths.items() if value is not None]:
             raise ValueError(

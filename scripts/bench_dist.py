@@ -45,7 +45,9 @@ from torch._C._autograd import DeviceType
 
 from magi_sink_cp import CPPlan, cp_attention_with_sink, make_cp_plan
 from magi_sink_cp.dist.planning import cost
-from magi_sink_cp.dist.planning.layout import LAYOUTS, causal_pairs
+from magi_sink_cp.dist.planning.layout import LAYOUTS
+from magi_sink_cp.dist.planning.mask import CAUSAL, bands_of_documents
+from magi_sink_cp.dist.planning.schedule import Mask
 from magi_sink_cp.kernels.checks import make_params
 from magi_sink_cp.kernels.protocol import KernelRequest, Varlen
 
@@ -547,11 +549,9 @@ def balance_rows() -> list[Row]:
             leads = []
             for seed in range(5):
                 offsets = draw_documents(tokens, seed)
-                documents = list(itertools.pairwise(offsets))
-                work = [
-                    sum(causal_pairs(tokens_, documents) for tokens_ in ranges)
-                    for ranges in layout(tokens, ranks, documents)
-                ]
+                bands = bands_of_documents(list(itertools.pairwise(offsets)), CAUSAL)
+                mask = Mask(layout(tokens, ranks, bands), bands)
+                work = [mask.pairs(rank) for rank in range(ranks)]
                 leads.append(100 * (max(work) * ranks / sum(work) - 1))
             row = {"tokens": tokens, "ranks": ranks, "percent": statistics.mean(leads)}
             rows.append(

@@ -1,4 +1,4 @@
-"""Keeps a caller's ambient modes out of a plan's own tensors."""
+"""A plan's own tensors: free of the caller's ambient modes, and on their way without a wait."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import contextlib
 from collections.abc import Iterator
 
 import torch
+from torch import Tensor
 
 
 @contextlib.contextmanager
@@ -16,3 +17,10 @@ def plain_tensors() -> Iterator[None]:
     """
     with torch.inference_mode(False), torch.no_grad(), torch.device("cpu"):
         yield
+
+
+def upload(host: Tensor, device: torch.device) -> Tensor:
+    """``host`` on ``device``. A copy to a GPU goes through pinned memory and is not waited for."""
+    if device.type != "cuda":
+        return host.to(device)
+    return host.pin_memory().to(device, non_blocking=True)

@@ -2,20 +2,21 @@
 
 from __future__ import annotations
 
-import hashlib
 import itertools
 import numbers
 import weakref
 from collections.abc import Sequence
 from typing import Any, NoReturn
 
+import numpy as np
 import torch
 import torch.distributed as dist
+from numpy.typing import NDArray
 from torch import Tensor
 from torch.distributed import ProcessGroup
 from torch.distributed.device_mesh import DeviceMesh
 
-from magi_sink_cp.dist.bookkeeping import plain_tensors
+from magi_sink_cp.dist.bookkeeping import plain_tensors, upload
 from magi_sink_cp.dist.guard.agreement import (
     Agreement,
     GroupRef,
@@ -24,7 +25,9 @@ from magi_sink_cp.dist.guard.agreement import (
     group_device,
 )
 from magi_sink_cp.dist.guard.watchdog import ON_HANG, set_on_hang
-from magi_sink_cp.dist.planning.layout import LAYOUTS, Range, RankRanges, num_tokens
+from magi_sink_cp.dist.planning.blueprint import CPBlueprint, PlanInput, make_blueprint
+from magi_sink_cp.dist.planning.layout import LAYOUTS
+from magi_sink_cp.dist.planning.mask import Range, Slice, check_slices
 from magi_sink_cp.dist.transport.base import Transport
 from magi_sink_cp.dist.transport.choose import (
     check_transport,
@@ -38,6 +41,7 @@ from magi_sink_cp.kernels.checks import (
     check_dense,
     refuse_dtensor,
     refuse_forward_mode,
+    window_limits,
 )
 from magi_sink_cp.kernels.lengths import as_cu_seqlens, check_offsets, read_cu_seqlens
 
@@ -49,31 +53,80 @@ _EXCHANGES = (
 )
 
 
-def make_cp_plan(
+def make_cp_blueprint(
     total_tokens: int,
+    *,
+    cp_size: int,
+    rank: int,
+    cu_seqlens: Tensor | Sequence[int] | None = None,
+    mask_slices: Sequence[Slice] | None = None,
+    position_ids: Tensor | Sequence[int] | None = None,
+    layout: str = "auto",
+    windows: Sequence[Sequence[int | None]] = ((-1, 0),),
+) -> CPBlueprint:
+    """Plan one rank's part of a sequence, without a process group and without a GPU.
+
+    The result can be pickled: another process may make it. :func:`make_cp_plan` attaches it to a cp
+    group.
+
+    Args:
+        total_tokens, cu_seqlens, mask_slices, position_ids, layout: as in :func:`make_cp_plan`.
+        cp_size, rank: of the cp group that the plan will be for.
+        windows: (left, right) of the layers that will use the plan; -1 or None is unlimited. What
+            they have in common is planned now. Other windows still work: they are planned when they
+            are asked for.
+
+    Raises:
+        TypeError, ValueError: an argument is invalid.
+    """
+    size, place = as_int(cp_size), as_int(rank)
+    if size is None or size < 1:
+        raise ValueError(f"cp_size must be an int >= 1, got {cp_size!r}")
+    if place is None or not 0 <= place < size:
+        raise ValueError(f"rank must be an int from 0 to cp_size - 1, {size - 1}, got {rank!r}")
+    what = _check_arguments(total_tokens, cu_seqlens, mask_slices, position_ids, layout)
+    ahead = [window_limits(window) for window in windows]
+    return make_blueprint(what, size, place, ahead)
+
+
+def make_cp_plan(
+    total_tokens: int | CPBlueprint,
     *,
     group: ProcessGroup | DeviceMesh | None = None,
     cu_seqlens: Tensor | Sequence[int] | None = None,
-    layout: str = "zigzag",
+    mask_slices: Sequence[Slice] | None = None,
+    position_ids: Tensor | Sequence[int] | None = None,
+    layout: str = "auto",
     transport: str = "auto",
     on_hang: str = "abort",
 ) -> CPPlan:
-    """Plan how a sequence, and the documents in it, are spread over the ranks of a cp group.
+    """Plan how a sequence, and its mask, are spread over the ranks of a cp group.
 
     Every rank of the group must call this with the same arguments. One small all-gather checks that
     they do.
 
     Args:
-        total_tokens: tokens of the whole sequence, before padding. Any number.
+        total_tokens: tokens of the whole sequence, before padding. Any number. Or the blueprint of
+            :func:`make_cp_blueprint` for this rank, which holds all that follows but group,
+            transport and on_hang.
         group: the cp group: a ProcessGroup, a 1-D DeviceMesh, or None for one device (the same
             script without torchrun). On GPUs its timeout must exceed NCCL's set-up and the slowest
             first call.
         cu_seqlens: (documents + 1,) offsets of packed documents, from 0 to total_tokens: an int32
             or int64 tensor on any device, a NumPy array, or a sequence of ints. Empty documents are
             allowed. None is one document.
+        mask_slices: [((q0, q1), (k0, k1), type), …], the whole mask as rectangles of queries × keys
+            that share no (query, key) pair. With the types "full", "causal", "inv_causal" and
+            "bi_causal" (docs/concepts.md draws them). Queries of no slice see the sink alone.
+            ``magi_sink_cp.masks`` builds them. The plan's calls then take neither causal nor
+            window_size, and cu_seqlens are for position_ids only. None: documents and each call's
+            causal and window_size are the mask.
+        position_ids: (total_tokens,) ints, the plan's positions instead of those in the documents.
         layout: "zigzag": rank r holds chunks r and 2·cp - 1 - r of 2·cp equal chunks. "balanced":
-            more and smaller chunks, dealt so that the ranks' work under a causal mask is nearly
-            equal also for many short documents.
+            more and smaller chunks, dealt so that the ranks' (query, key) pairs, under a causal
+            mask or the slices, are nearly equal also for many short documents. "auto": zigzag where
+            its busiest rank has at most 2% more pairs than the mean, as under one document; else
+            the better of the two.
         transport: how keys travel. "nccl" or "gloo": the group must have that backend. "symm_mem":
             copies between the GPUs of one host that use no SM. "auto": "symm_mem" where it can be
             set up and every GPU has NVLink, else the group's own backend; one warning on the
@@ -89,8 +142,17 @@ def make_cp_plan(
         RuntimeError: transport="symm_mem", and it cannot be set up. The text says why.
     """
     process_group = _process_group(group)
+    rank = 0 if process_group is None else dist.get_rank(process_group)
+    cp_size = 1 if process_group is None else dist.get_world_size(process_group)
     try:
-        total_tokens, documents = _check_arguments(total_tokens, cu_seqlens, layout)
+        if isinstance(total_tokens, CPBlueprint):
+            blueprint = total_tokens
+            _check_blueprint(
+                blueprint, rank, cp_size, cu_seqlens, mask_slices, position_ids, layout
+            )
+        else:
+            what = _check_arguments(total_tokens, cu_seqlens, mask_slices, position_ids, layout)
+            blueprint = make_blueprint(what, cp_size, rank)
         check_transport(transport, process_group)
         if not isinstance(on_hang, str) or on_hang not in ON_HANG:
             raise ValueError(f"on_hang must be one of {ON_HANG}, got {on_hang!r}")
@@ -104,23 +166,44 @@ def make_cp_plan(
         device = group_device(process_group)
         if device.type == "cuda":
             set_on_hang(process_group, on_hang)
-        _agree_on_plan(process_group, total_tokens, documents, layout, transport)
+        _agree_on_plan(process_group, blueprint, transport)
     chosen = choose_transport(transport, process_group)
-    return CPPlan(total_tokens, documents, layout, process_group, device, chosen)
+    return CPPlan(blueprint, process_group, device, chosen)
 
 
-def _agree_on_plan(
-    group: ProcessGroup,
-    total_tokens: int,
-    documents: tuple[Range, ...],
+def _check_blueprint(
+    blueprint: CPBlueprint,
+    rank: int,
+    cp_size: int,
+    cu_seqlens: object,
+    mask_slices: object,
+    position_ids: object,
     layout: str,
-    transport: str,
 ) -> None:
+    """Raise ValueError unless the blueprint is for this rank and comes alone."""
+    if (blueprint.rank, blueprint.cp_size) != (rank, cp_size):
+        raise ValueError(
+            f"the blueprint must be for this rank, {rank} of {cp_size}, got one for rank "
+            f"{blueprint.rank} of {blueprint.cp_size}"
+        )
+    beside = {
+        "cu_seqlens": cu_seqlens is not None,
+        "mask_slices": mask_slices is not None,
+        "position_ids": position_ids is not None,
+        "layout": layout != "auto",
+    }
+    if given := [name for name, there in beside.items() if there]:
+        raise ValueError(
+            f"{' and '.join(given)} must be given to make_cp_blueprint, not beside a blueprint"
+        )
+
+
+def _agree_on_plan(group: ProcessGroup, blueprint: CPBlueprint, transport: str) -> None:
     record: dict[str, object] = {
-        "total_tokens": total_tokens,
-        "layout": layout,
+        "total_tokens": blueprint.total_tokens,
+        "layout": blueprint.layout_name,
         "transport": transport,
-        "cu_seqlens (sha256)": _sha256(documents),
+        "cu_seqlens, mask_slices and position_ids (sha256)": blueprint.digest[:16],
     }
     symmetric = known_symmetric_memory(group)
     if symmetric is not None:
@@ -148,48 +231,50 @@ class CPPlan:
             gloo). Without a group that of cu_seqlens if it is a tensor, else the current GPU if
             there is one.
         documents: non-empty (start, stop) ranges of the whole sequence.
+        mask_slices: the slices of the mask, or None: documents and each call's window make it.
         layout: the token ranges of every rank.
         transport: how keys travel, or None if they do not (one rank). Its name is what "auto"
             chose.
-        calls, agreement, group_ref: internal. What calls resolved to and ranks compared; the group.
+        blueprint: what was planned without the group.
+        has_slices, calls, agreement, group_ref: internal. What calls resolved to and ranks
+            compared; the group.
         handle: int64 0-dim CPU tensor that stands for the plan in operators and compiled graphs.
     """
 
     def __init__(
         self,
-        total_tokens: int,
-        documents: tuple[Range, ...],
-        layout: str,
+        blueprint: CPBlueprint,
         group: ProcessGroup | None,
         device: torch.device,
         transport: Transport | None,
     ) -> None:
-        self.total_tokens = total_tokens
+        self.blueprint = blueprint
+        self.total_tokens = blueprint.total_tokens
         self.group_ref = None if group is None else GroupRef(group)
-        self.rank = 0 if group is None else dist.get_rank(group)
-        self.cp_size = 1 if group is None else dist.get_world_size(group)
-        self.layout: tuple[RankRanges, ...] = LAYOUTS[layout](total_tokens, self.cp_size, documents)
+        self.rank, self.cp_size = blueprint.rank, blueprint.cp_size
+        self.layout = blueprint.layout
         self.transport = transport
         self.device = device
-        self.documents = documents
-        self.local_tokens = num_tokens(self.layout[self.rank])
-        self.pad_tokens = self.cp_size * self.local_tokens - total_tokens
+        self.mask_slices = blueprint.mask_slices
+        self.has_slices = blueprint.mask_slices is not None
+        self.local_tokens, self.pad_tokens = blueprint.local_tokens, blueprint.pad_tokens
+        self.real_tokens = blueprint.real_tokens
         with plain_tensors():
-            held = [torch.arange(lo, hi) for lo, hi in self.layout[self.rank]]
-            token = torch.cat(held or [torch.arange(0)])
-            starts = torch.tensor([lo for lo, _ in documents] or [0])
-            position = token - starts[torch.searchsorted(starts, token, right=True) - 1]
-            is_real = token < total_tokens
-            self.position_ids = torch.where(is_real, position, 0).to(device)
-            self.token_mask = is_real.to(device)
-            self.real_tokens = int(is_real.sum())
+            self.position_ids = _position_ids(blueprint, device)
+            self.token_mask = torch.arange(self.local_tokens, device=device) < self.real_tokens
             self.handle = torch.tensor(next(_numbers), dtype=torch.int64)
         transport_name = None if transport is None else transport.name
-        digest = _sha256((total_tokens, layout, documents, transport_name))
-        self.agreement = Agreement(self.group_ref, device, digest)
+        self.agreement = Agreement(
+            self.group_ref, device, f"{blueprint.digest[:16]}, {transport_name}"
+        )
         # Calls of this plan that may have a backward, counted alike on all ranks.
         self.calls = itertools.count()
         _plans[int(self.handle)] = self
+
+    @property
+    def documents(self) -> tuple[Range, ...]:
+        """Non-empty (start, stop) ranges of the whole sequence."""
+        return self.blueprint.documents
 
     @property
     def group(self) -> ProcessGroup | None:
@@ -210,7 +295,7 @@ class CPPlan:
     def __reduce__(self) -> NoReturn:
         raise TypeError(
             "a CPPlan cannot be pickled or copied: it belongs to this process and its cp group. "
-            "Send total_tokens and cu_seqlens, and call make_cp_plan on every rank"
+            "Send the CPBlueprint of make_cp_blueprint, and call make_cp_plan on every rank"
         )
 
     def shard(self, x: Tensor, dim: int = 0, *, fill: float = 0) -> Tensor:
@@ -359,10 +444,6 @@ def _check_fill(fill: float, dtype: torch.dtype) -> None:
         raise ValueError(f"fill must be a value that {dtype} can hold, got {fill!r}")
 
 
-def _sha256(value: object) -> str:
-    return hashlib.sha256(repr(value).encode()).hexdigest()[:16]
-
-
 def _process_group(group: ProcessGroup | DeviceMesh | None) -> ProcessGroup | None:
     if group is None:
         return None
@@ -392,9 +473,13 @@ def _device_without_group(cu_seqlens: object) -> torch.device:
 
 
 def _check_arguments(
-    total_tokens: int, cu_seqlens: Tensor | Sequence[int] | None, layout: str
-) -> tuple[int, tuple[Range, ...]]:
-    """total_tokens and the non-empty documents, after the checks that one rank can make alone."""
+    total_tokens: object,
+    cu_seqlens: Tensor | Sequence[int] | None,
+    mask_slices: object,
+    position_ids: object,
+    layout: object,
+) -> PlanInput:
+    """What is to be planned, after the checks that one rank can make alone."""
     total = as_int(total_tokens)
     if total is None:
         raise TypeError(f"total_tokens must be an int, got {total_tokens!r}")
@@ -406,18 +491,57 @@ def _check_arguments(
         offsets: tuple[int, ...] = (0, total)
     elif isinstance(cu_seqlens, Tensor):
         refuse_dtensor("cu_seqlens", cu_seqlens)
+        if cu_seqlens.is_meta:
+            raise ValueError("cu_seqlens must hold numbers, got a tensor on the meta device")
         given = as_cu_seqlens(cu_seqlens, "cu_seqlens")
         offsets = read_cu_seqlens(given, "cu_seqlens", total)
     else:
         offsets = check_offsets(_ints(cu_seqlens), "cu_seqlens", total)
-    return total, tuple((lo, hi) for lo, hi in itertools.pairwise(offsets) if hi > lo)
+    slices = None if mask_slices is None else check_slices(total, mask_slices)
+    return PlanInput(total, offsets, slices, _positions(position_ids, total), layout)
+
+
+def _positions(position_ids: Any, total_tokens: int) -> NDArray[np.int64] | None:
+    """position_ids as an array of its own, or None."""
+    if position_ids is None:
+        return None
+    if isinstance(position_ids, Tensor):
+        refuse_dtensor("position_ids", position_ids)
+        position_ids = position_ids.detach().cpu().numpy()
+    try:
+        values = np.array(position_ids)
+    except ValueError:
+        values = np.array(None)
+    if values.dtype.kind not in "iu" or values.shape != (total_tokens,):
+        raise ValueError(
+            f"position_ids must be total_tokens, {total_tokens}, ints, got {values.dtype} of shape "
+            f"{values.shape}"
+        )
+    return values.astype(np.int64)
+
+
+def _position_ids(blueprint: CPBlueprint, device: torch.device) -> Tensor:
+    """Each local token's position, 0 on padding. Nothing waits for the GPU."""
+    given = blueprint.position_ids
+    if given is not None:
+        own = blueprint.layout[blueprint.rank]
+        held = np.zeros(blueprint.local_tokens, dtype=np.int64)
+        real = [given[lo:hi] for lo, hi in own if lo < len(given)]
+        held[: blueprint.real_tokens] = np.concatenate([given[:0], *real])
+        return upload(torch.from_numpy(held), device)
+    first, size = blueprint.position_runs()
+    ends = np.cumsum(size)
+    runs = upload(torch.from_numpy(np.stack([first - (ends - size), size])), device)
+    shift = torch.repeat_interleave(runs[0], runs[1], output_size=blueprint.real_tokens)
+    position = torch.arange(blueprint.real_tokens, device=device) + shift
+    return torch.nn.functional.pad(position, (0, blueprint.local_tokens - len(position)))
 
 
 def _ints(cu_seqlens: object) -> tuple[int, ...]:
     values = cu_seqlens.tolist() if hasattr(cu_seqlens, "tolist") else cu_seqlens
     if isinstance(values, str) or not isinstance(values, Sequence):
         raise TypeError(
-            "cu_seqlens must be an int32 tensor, a sequence of ints or None, got "
-            f"{type(cu_seqlens).__name__}"
+            "cu_seqlens must be an int32 or int64 tensor, a NumPy array, a sequence of ints or "
+            f"None, got {type(cu_seqlens).__name__}"
         )
     return as_ints("cu_seqlens", values)

@@ -16,6 +16,7 @@ from magi_sink_cp.dist.guard.agreement import Signature
 from magi_sink_cp.dist.methods.base import CallOptions, CheckedCall, Request
 from magi_sink_cp.dist.methods.choose import choose_method
 from magi_sink_cp.dist.plan import CPPlan
+from magi_sink_cp.dist.planning.mask import FULL
 from magi_sink_cp.kernels.backends.registry import check_backend_name
 from magi_sink_cp.kernels.caching import BoundedCache
 from magi_sink_cp.kernels.checks import (
@@ -40,9 +41,10 @@ _requests: weakref.WeakKeyDictionary[CPPlan, BoundedCache[tuple[object, ...], Re
 
 
 def make_call_options(
+    plan: CPPlan,
     sink_layout: str,
     softmax_scale: float | None,
-    causal: bool,
+    causal: bool | None,
     window_size: Sequence[int | None],
     softcap: float,
     deterministic: bool,
@@ -58,8 +60,8 @@ def make_call_options(
         TypeError, ValueError: an option is invalid.
     """
     arguments = (
-        sink_layout, softmax_scale, causal, *window_limits(window_size), softcap, deterministic,
-        dsink_reduce, overlap_degree, grad_reduce_dtype, checks, backend,
+        plan.has_slices, sink_layout, softmax_scale, causal, *window_limits(window_size), softcap,
+        deterministic, dsink_reduce, overlap_degree, grad_reduce_dtype, checks, backend,
     )  # fmt: skip
     if torch.compiler.is_compiling():
         return _check_options(*arguments)
@@ -70,9 +72,10 @@ def make_call_options(
 
 
 def _check_options(
+    has_slices: bool,
     sink_layout: str,
     softmax_scale: float | None,
-    causal: bool,
+    causal: bool | None,
     left: int,
     right: int,
     softcap: float,
@@ -84,6 +87,13 @@ def _check_options(
     backend: str,
 ) -> CallOptions:
     check_backend_name(backend)
+    if has_slices and (causal is not None or (left, right) != FULL):
+        raise ValueError(
+            "causal and window_size must be left out with a plan of mask_slices, which are the "
+            f"whole mask, got causal={causal!r} and window_size={(left, right)}"
+        )
+    if causal is None:
+        causal = not has_slices
     for name, value, allowed in (
         ("dsink_reduce", dsink_reduce, DSINK_REDUCTIONS),
         ("checks", checks, CHECKS),

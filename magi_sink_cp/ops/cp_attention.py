@@ -62,14 +62,14 @@ def cp_attention(
 
     def make_request() -> Request:
         as_flag("return_lse", want_lse)
-        return resolve(q, k, v, sink, plan, make_call_options(*options), grads)
+        return resolve(q, k, v, sink, plan, make_call_options(plan, *options), grads)
 
     if not is_watched((q, k, v, sink)):
         request = agree_on_forward(plan, make_request, always_compare)
         return _CPAttention.apply(q, k, v, sink, plan, request, want_lse)
     try:  # before the dispatcher, whose errors the other ranks would not hear of
         as_flag("return_lse", want_lse)
-        checked = make_call_options(*options)
+        checked = make_call_options(plan, *options)
         if not torch.compiler.is_compiling():
             check_tensors(q, k, v, sink, plan, checked)
     except Exception as error:

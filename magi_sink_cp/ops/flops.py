@@ -20,7 +20,6 @@ from torch.utils.flop_counter import register_flop_formula
 from magi_sink_cp.dist.methods.base import CallOptions
 from magi_sink_cp.dist.plan import plan_of
 from magi_sink_cp.dist.planning.mask import visible_pairs
-from magi_sink_cp.dist.planning.schedule import rank_pairs
 from magi_sink_cp.ops.attention import Settings, split_inputs
 from magi_sink_cp.ops.schema import split_fields
 
@@ -56,7 +55,7 @@ def _cp_attention_flops(q: Tensor, handle: Tensor, options: CallOptions) -> int:
         raise ValueError("the FLOPs of attention across ranks need a real plan, not a fake tensor")
     plan = plan_of(handle)
     batch_size = 1 if q.dim() == 3 else q.shape[0]
-    pairs = rank_pairs(plan.layout, plan.documents, options.window_size, plan.rank)
+    pairs = plan.blueprint.mask(options.window_size).pairs(plan.rank)
     return 4 * batch_size * pairs * q.shape[-2] * q.shape[-1]
 
 

@@ -402,7 +402,9 @@ def body_more_ranks(group, device, *, layout) -> None:
             case, group, device, overlap_degree=degree, layout=layout
         ).items():
             apart = (value.double() - one_rank[name].double()).norm() / expected.values[name].norm()
-            assert apart <= 2 * max(own_error[name], 1e-6), (
+            # Each rank that computes a share of dk and dv rounds it once more.
+            most = 2.5 if name in ("dk", "dv") else 2
+            assert apart <= most * max(own_error[name], 1e-6), (
                 f"{name}: {apart:.3g} apart at degree {degree}, error {own_error[name]:.3g}"
             )
 

@@ -20,7 +20,6 @@ from magi_sink_cp import cp_attention_with_sink, make_cp_plan
 from magi_sink_cp.dist import plan as plan_module
 from magi_sink_cp.dist.guard.watchdog import timeout_s
 from magi_sink_cp.dist.methods import ring
-from magi_sink_cp.dist.methods.ring import ring_plan
 from magi_sink_cp.dist.transport import choose as choose_module
 from magi_sink_cp.dist.transport import rendezvous as rendezvous_module
 from magi_sink_cp.dist.transport import symmetric as symmetric_module
@@ -112,7 +111,7 @@ def body_watched(group, device) -> None:
     """
     transport = transport_of(group)
     with on(transport):
-        plan = make_cp_plan(16, group=group, cu_seqlens=[0, 8, 12, 16])
+        plan = make_cp_plan(16, group=group, cu_seqlens=[0, 8, 12, 16], layout="zigzag")
         q, k, v = (torch.randn(8, 2, 8) for _ in range(3))
         cp_attention_with_sink(q, k, v, plan=plan)
     streams = transport._streams
@@ -149,7 +148,7 @@ def body_misuse(group, device) -> None:
     transport = transport_of(group)
     with on(transport):
         plan = make_cp_plan(32, group=group)
-        exchange = ring_plan(plan).schedule((-1, -1), 1).stages[1].cast
+        exchange = plan.blueprint.schedule((-1, -1), 1, routed=True).stages[1].cast
         k = torch.randn(plan.local_tokens, 2, 8)
         transfer = transport.start((k, k), exchange)
         with pytest.raises(

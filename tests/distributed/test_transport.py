@@ -10,7 +10,6 @@ import torch.distributed as dist
 
 from magi_sink_cp import cp_attention_with_sink, make_cp_plan
 from magi_sink_cp.dist.methods import ring
-from magi_sink_cp.dist.methods.ring import ring_plan
 from magi_sink_cp.dist.transport import base, p2p
 from tests.support.ranks import run_on_ranks
 
@@ -110,7 +109,7 @@ def body_counts(group, device, *, window_size, cu_seqlens, dsink_reduce, overlap
         **masks,
     }
     cp_attention_with_sink(*leaves, **arguments)  # the signature is compared here
-    schedule = ring_plan(plan).schedule(window_size, overlap_degree)
+    schedule = plan.blueprint.schedule(window_size, overlap_degree)
     token_bytes = 2 * HEADS_KV * HEAD_DIM * 2  # k and v, bf16
     sent, received = schedule.sent_tokens * token_bytes, schedule.received_tokens * token_bytes
     messages_out, messages_in = (
@@ -147,7 +146,7 @@ def test_zigzag_sends_half_of_what_a_ring_would():
 def body_half(group, device) -> None:
     plan = make_cp_plan(64, group=group)
     for overlap_degree in (0, 1):
-        schedule = ring_plan(plan).schedule((-1, 0), overlap_degree)
+        schedule = plan.blueprint.schedule((-1, 0), overlap_degree)
         assert schedule.sent_tokens == (16 if plan.rank == 0 else 32)
         assert schedule.received_tokens == (32 if plan.rank == 0 else 16)
 
@@ -236,7 +235,7 @@ def test_misuse():
 def body_misuse(group, device) -> None:
     plan = make_cp_plan(16, group=group)
     k = torch.randn(plan.local_tokens, HEADS_KV, HEAD_DIM)
-    exchange = ring_plan(plan).schedule((-1, 0), 1).stages[1].cast
+    exchange = plan.blueprint.schedule((-1, 0), 1).stages[1].cast
     transfer = plan.transport.start((k, k), exchange)
     transfer.wait()
     assert [x.shape[0] for x in transfer.buffers] == [exchange.received_tokens] * 2

@@ -14,40 +14,37 @@ from magi_sink_cp.dist.planning.cost import (
     MAX_SHARDS,
     MEMORY,
     SINK_KERNEL_SLOWER,
+    CallSizes,
     Overlap,
     Work,
-    buffer_tokens,
     choose_overlap,
     cost_s,
+    make_work,
 )
 from magi_sink_cp.dist.planning.layout import zigzag
-from magi_sink_cp.dist.planning.mask import CAUSAL, FULL, visible_pairs
-from magi_sink_cp.dist.planning.schedule import Share, typical_share
+from magi_sink_cp.dist.planning.mask import CAUSAL, FULL, bands_of_documents
+from magi_sink_cp.dist.planning.schedule import Mask, Share
+
+
+def mask(tokens: int, cp_size: int, window=CAUSAL, documents: int = 1) -> Mask:
+    length = tokens // documents
+    ranges = [(i * length, (i + 1) * length) for i in range(documents)]
+    bands = bands_of_documents(ranges, window)
+    return Mask(zigzag(tokens, cp_size, bands), bands)
 
 
 def work(tokens: int, cp_size: int, window=CAUSAL, documents: int = 1) -> Work:
-    length = tokens // documents
-    ranges = [(i * length, (i + 1) * length) for i in range(documents)]
-    share = typical_share(zigzag(tokens, cp_size), ranges, window)
-    return Work(
-        rows=tokens // cp_size,
-        pairs=documents * visible_pairs(length, length, *window) // cp_size,
-        remote_keys=share.remote_keys,
-        remote_rows=share.remote_rows,
-        alone_pairs=share.alone_pairs,
-        ranges=2,
-        documents=documents,
-        heads=64,
-        heads_kv=8,
-        head_dim=128,
-        element_size=2,
-    )
+    return make_work(mask(tokens, cp_size, window, documents), CallSizes(1, 64, 8, 128, 2))
 
 
 def choose(
-    share: Work, cp_size: int, link: str, sink_kernel_slower: float | None = None
+    share: Work,
+    cp_size: int,
+    link: str,
+    sink_kernel_slower: float | None = None,
+    buffers=lambda degree: (0, 0),
 ) -> Overlap:
-    return choose_overlap(share, cp_size, link, sink_kernel_slower)
+    return choose_overlap(share, cp_size, link, sink_kernel_slower, buffers)
 
 
 @pytest.mark.parametrize("tokens", [8192, 16384, 32768, 65536, 131072])
@@ -90,7 +87,8 @@ def test_rows_that_are_merged_cost_more_where_the_merge_need_not_see_all():
 def test_a_slow_link_is_hidden():
     """Between hosts a transfer takes as long as a good part of the computation."""
     assert choose(work(65536, 2), 2, "network").degrees == (1, 1)
-    forward, backward = choose(work(262144, 8), 8, "network").degrees
+    share, buffers = work(262144, 8), mask(262144, 8).buffers
+    forward, backward = choose(share, 8, "network", buffers=buffers).degrees
     assert forward > 1
     assert backward > 1
 
@@ -100,7 +98,7 @@ def test_a_halo_is_worth_no_copy_of_the_own_keys():
     assert choose(share, 2, "nvlink").degrees == (1, 1)
     narrow = dataclasses.replace(share, head_dim=64)
     assert choose(narrow, 2, "nvlink", SINK_KERNEL_SLOWER) == Overlap((1, 1), True, 4224, ANY)
-    assert typical_share(zigzag(131072, 2), [(0, 131072)], (128, 0)) == Share(128, 128, 0)
+    assert mask(131072, 2, (128, 0)).share() == Share(128, 128, 0)
 
 
 @given(
@@ -110,10 +108,13 @@ def test_a_halo_is_worth_no_copy_of_the_own_keys():
     link=st.sampled_from(["nvlink", "network"]),
 )
 def test_buffers_do_not_grow_with_the_ranks(cp_size, tokens, window, link):
-    share = work(tokens, cp_size, window)
-    for degree in choose(share, cp_size, link).degrees:
+    share, buffers = work(tokens, cp_size, window), mask(tokens, cp_size, window).buffers
+    chosen = choose(share, cp_size, link, buffers=buffers).degrees
+    for way, degree in zip(("forward", "backward"), chosen, strict=True):
         assert 0 <= degree < cp_size
-        assert buffer_tokens(share, degree) <= MAX_SHARDS * share.rows
+        keys, gradients = buffers(degree)
+        tokens_held = keys if way == "forward" else keys + gradients
+        assert min(2, max(1, degree)) * tokens_held <= MAX_SHARDS[way] * share.rows
         if window == (100, 0) and tokens >= 400 * cp_size:
             assert degree <= 1, "a halo needs no second stage"
 

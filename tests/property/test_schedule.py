@@ -6,7 +6,9 @@ Every visible pair is computed once, and no key travels in vain.
 from __future__ import annotations
 
 import itertools
+import re
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -14,22 +16,47 @@ from hypothesis import strategies as st
 
 from magi_sink_cp.dist.planning.exchange import Schedule
 from magi_sink_cp.dist.planning.layout import (
-    BALANCED_CHUNKS,
     LAYOUTS,
-    causal_pairs,
     num_tokens,
-    zigzag,
 )
-from magi_sink_cp.dist.planning.mask import CAUSAL, FULL, visible_pairs
+from magi_sink_cp.dist.planning.layout import (
+    zigzag as zigzag_of_bands,
+)
+from magi_sink_cp.dist.planning.mask import (
+    CAUSAL,
+    FULL,
+    Bands,
+    bands_of_documents,
+    bands_of_slices,
+    check_slices,
+    pairs_of_rows,
+    visible_pairs,
+)
 from magi_sink_cp.dist.planning.packing import KernelCall
-from magi_sink_cp.dist.planning.schedule import build_schedule
+from magi_sink_cp.dist.planning.schedule import Mask
 from tests.support.cases import offsets
 from tests.support.reference import document_mask
+from tests.support.slices import KINDS, dense, slices_of
 
 
 def documents_of(lengths):
     cu = offsets(lengths)
     return [(lo, hi) for lo, hi in itertools.pairwise(cu) if hi > lo]
+
+
+def causal_bands(documents) -> Bands:
+    return bands_of_documents(documents, CAUSAL)
+
+
+def zigzag(total: int, cp_size: int):
+    return zigzag_of_bands(total, cp_size, causal_bands([]))
+
+
+def build_schedule(
+    layout, documents, window_size, rank, overlap_degree, large_rows=None, routed=False
+) -> Schedule:
+    mask = Mask(layout, bands_of_documents(documents, window_size))
+    return mask.schedule(rank, overlap_degree, large_rows, routed)
 
 
 def pairs_of(call: KernelCall) -> int:
@@ -49,22 +76,13 @@ def local_tokens(layout, rank) -> list[int]:
 
 
 def simulate(
-    lengths: list[int],
-    cp_size: int,
-    window_size: tuple[int, int],
-    layout,
-    overlap_degree: int,
-    large_rows: int | None,
+    total: int, bands: Bands, layout, overlap_degree: int, large_rows: int | None
 ) -> tuple[torch.Tensor, list[Schedule]]:
     """How often each (query, key) pair of the whole sequence is computed, following every rank's
     schedule with real buffers.
     """
-    total = sum(lengths)
-    documents = documents_of(lengths)
-    schedules = [
-        build_schedule(layout, documents, window_size, rank, overlap_degree, large_rows)
-        for rank in range(cp_size)
-    ]
+    mask = Mask(layout, bands)
+    schedules = [mask.schedule(rank, overlap_degree, large_rows) for rank in range(len(layout))]
     counts = torch.zeros(total, total, dtype=torch.int64)
     for rank, schedule in enumerate(schedules):
         rows = local_tokens(layout, rank)
@@ -100,17 +118,14 @@ def simulate(
                         "a call writes rows that another one wrote"
                     )
                     written += call_rows
-                else:
-                    assert set(call_rows) <= set(written) or number > 0
             travelled = [
                 key for message in stage.cast.receives for key in keys[slice(*message.tokens)]
             ]
             assert seen_by_stage >= set(travelled), "a key travels to a rank where no query sees it"
             assert len(travelled) == len(set(travelled)), "a key travels twice"
+        owned = [rows[i] for lo, hi in schedule.owned for i in range(lo, hi)]
         assert len(written) == len(set(written))
-        assert set(written) >= {row for row in rows if row < total}, (
-            "a row has no call that writes it"
-        )
+        assert set(written) >= set(owned)
     return counts, schedules
 
 
@@ -149,7 +164,12 @@ def received(layout, schedules: list[Schedule], rank: int, number: int) -> list[
 
 
 def check(lengths, cp_size, window_size, layout, overlap_degree, large_rows=None):
-    counts, schedules = simulate(lengths, cp_size, window_size, layout, overlap_degree, large_rows)
+    bands = bands_of_documents(documents_of(lengths), window_size)
+    counts, schedules = simulate(sum(lengths), bands, layout, overlap_degree, large_rows)
+    for rank, schedule in enumerate(schedules):
+        rows = local_tokens(layout, rank)
+        owned = [rows[i] for lo, hi in schedule.owned for i in range(lo, hi)]
+        assert owned == [row for row in rows if row < sum(lengths)], "a row has no owner"
     cu = offsets(lengths)
     assert torch.equal(counts, document_mask(cu, cu, False, window_size).long())
     return schedules
@@ -186,7 +206,7 @@ def test_windows_of_any_size_against_any_chunk(data, lengths, cp_size, window_si
 def test_routes_fill_every_place_once(data, lengths, cp_size, window_size, name):
     """Where each rank writes in its peers' buffers, from what it knows itself."""
     documents, overlap_degree = documents_of(lengths), data.draw(degrees(cp_size))
-    layout = LAYOUTS[name](sum(lengths), cp_size, documents)
+    layout = LAYOUTS[name](sum(lengths), cp_size, causal_bands(documents))
     routed = [
         build_schedule(layout, documents, window_size, rank, overlap_degree, routed=True)
         for rank in range(cp_size)
@@ -257,7 +277,7 @@ def test_every_pair_is_computed_once_and_no_key_sent_too_many(
     data, lengths, cp_size, causal, layout
 ):
     degree = data.draw(degrees(cp_size))
-    ranges = LAYOUTS[layout](sum(lengths), cp_size, documents_of(lengths))
+    ranges = LAYOUTS[layout](sum(lengths), cp_size, causal_bands(documents_of(lengths)))
     for schedule in check(lengths, cp_size, (-1, 0 if causal else -1), ranges, degree):
         for stage in schedule.stages[1:]:
             if layout == "zigzag" and degree >= cp_size - 1:
@@ -282,6 +302,41 @@ def test_any_layout(data, window_size):
         for rank in range(cp_size)
     )
     check(lengths, cp_size, window_size, layout, data.draw(degrees(cp_size)))
+
+
+@settings(max_examples=300, deadline=None)
+@given(
+    data=st.data(),
+    total=st.integers(1, 40),
+    cp_size=st.integers(1, 4),
+    name=st.sampled_from(sorted(LAYOUTS)),
+    large_rows=st.sampled_from([None, 3]),
+)
+def test_slices_of_any_type(data, total, cp_size, name, large_rows):
+    slices = data.draw(slices_of(total))
+    bands = bands_of_slices(check_slices(total, slices))
+    layout = LAYOUTS[name](total, cp_size, bands)
+    counts, _ = simulate(total, bands, layout, data.draw(degrees(cp_size)), large_rows)
+    assert torch.equal(counts, dense(slices, total))
+
+
+@settings(max_examples=300, deadline=None)
+@given(data=st.data(), total=st.integers(1, 12))
+def test_slices_that_share_a_pair_are_refused(data, total):
+    edge = st.integers(0, total - 1).flatmap(
+        lambda lo: st.tuples(st.just(lo), st.integers(lo + 1, total))
+    )
+    slices = data.draw(st.lists(st.tuples(edge, edge, KINDS), max_size=6))
+    shared = dense(slices, total) > 1
+    if not shared.any():
+        assert check_slices(total, slices) == tuple(slices)
+        return
+    with pytest.raises(ValueError, match=r"must not share a \(query, key\) pair") as caught:
+        check_slices(total, slices)
+    text = str(caught.value)
+    first, second = (slices[int(i)] for i in re.findall(r"mask_slices\[(\d+)\]", text))
+    query, key = map(int, re.search(r"both hold \((\d+), (\d+)\)", text).groups())
+    assert dense([first], total)[query, key] == dense([second], total)[query, key] == 1
 
 
 def test_zigzag_by_hand():
@@ -345,15 +400,18 @@ def test_overlap_degree_is_the_number_of_travelling_stages(cp_size, overlap_degr
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-@settings(max_examples=50, deadline=None)
-@given(total=st.integers(0, 200), cp_size=st.integers(1, 9))
-def test_a_layout_holds_every_token_once(layout, total, cp_size):
-    ranks = LAYOUTS[layout](total, cp_size, [(0, total)] if total else [])
+@settings(max_examples=100, deadline=None)
+@given(data=st.data(), total=st.integers(0, 200), cp_size=st.integers(1, 9))
+def test_a_layout_holds_every_token_once(layout, data, total, cp_size):
+    """As many tokens on every rank, whatever the documents: steps and plans have one shape."""
+    cuts = data.draw(st.lists(st.integers(0, total), max_size=6))
+    documents = list(itertools.pairwise(sorted({0, total, *cuts})))
+    ranks = LAYOUTS[layout](total, cp_size, causal_bands(documents))
     tokens = sorted(t for rank in range(cp_size) for t in local_tokens(ranks, rank))
     assert tokens == list(range(len(tokens)))
     assert len(tokens) >= total
     assert len({num_tokens(r) for r in ranks}) == 1
-    assert len(tokens) - total < (2 if layout == "zigzag" else max(BALANCED_CHUNKS)) * cp_size
+    assert len(tokens) - total < 2 * cp_size
     assert all(r == tuple(sorted(r)) for r in ranks)
 
 
@@ -374,7 +432,7 @@ def test_zigzag_balances_a_causal_document(cp_size):
 
 def worst_lead(layout, documents) -> float:
     """How much more pairs than the mean the busiest rank has."""
-    work = [sum(causal_pairs(tokens, documents) for tokens in ranges) for ranges in layout]
+    work = [Mask(layout, causal_bands(documents)).pairs(rank) for rank in range(len(layout))]
     return max(work) * len(work) / sum(work) - 1
 
 
@@ -396,13 +454,15 @@ def test_the_balanced_layout_balances_short_documents(cp_size):
         documents = documents_of(lengths)
         leads.append(
             [
-                worst_lead(LAYOUTS[name](sum(lengths), cp_size, documents), documents)
+                worst_lead(LAYOUTS[name](sum(lengths), cp_size, causal_bands(documents)), documents)
                 for name in ("zigzag", "balanced")
             ]
         )
     zigzag_lead, balanced_lead = torch.tensor(leads).mean(0).tolist()
     assert balanced_lead < min(0.05, 0.3 * zigzag_lead)
-    assert causal_pairs((2, 7), [(0, 3), (4, 9)]) == 3 + (1 + 2 + 3)
+    assert pairs_of_rows(causal_bands([(0, 3), (4, 9)]), np.array([2, 7])).tolist() == [
+        3 + (1 + 2 + 3)
+    ]
 
 
 @pytest.mark.parametrize("layout", sorted(LAYOUTS))
@@ -412,7 +472,7 @@ def test_plans_for_1024_ranks_on_one_core(layout, mask):
     lengths = [1 + (i * 7919) % 3200 for i in range(9_999)]
     lengths.append(2**24 - sum(lengths))
     documents = documents_of(lengths)
-    ranges = LAYOUTS[layout](2**24, 1024, documents)
+    ranges = LAYOUTS[layout](2**24, 1024, causal_bands(documents))
     schedule = build_schedule(
         ranges, documents, mask, rank=511, overlap_degree=1023 if mask == CAUSAL else 1
     )

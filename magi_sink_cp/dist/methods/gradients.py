@@ -13,7 +13,7 @@ from magi_sink_cp.dist.guard.watchdog import Communication
 from magi_sink_cp.dist.methods.base import Request
 from magi_sink_cp.dist.methods.lanes import Lanes
 from magi_sink_cp.dist.methods.partials import clusters, sink_of_rows
-from magi_sink_cp.dist.planning.layout import Range
+from magi_sink_cp.dist.planning.mask import Range
 from magi_sink_cp.kernels.accumulate import MAX_TERMS, Term, accumulate
 from magi_sink_cp.kernels.dsink import sink_gradient
 from magi_sink_cp.kernels.protocol import RowDelta
@@ -44,6 +44,12 @@ class GradientSum:
     def add_rows(self, contribution: Tensor, rows: Range) -> None:
         """Add all of ``contribution`` to these rows of x."""
         self.add(contribution, [(rows, (0, contribution.shape[0]))])
+
+    def add_first(self, contribution: Tensor) -> None:
+        """Add, before all others, a contribution to all rows of x. The sum may be made in it."""
+        if len(self._terms) == MAX_TERMS:
+            self.fold()
+        self._terms.insert(0, Term(contribution, 0, 0, self._like.shape[0]))
 
     def fold(self) -> None:
         """Add up what there is, so that the contributions can be freed."""

@@ -6,13 +6,14 @@ import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from magi_sink_cp.dist.bookkeeping import plain_tensors
 from magi_sink_cp.dist.planning.exchange import Exchange, Schedule
-from magi_sink_cp.dist.planning.layout import Range
-from magi_sink_cp.dist.planning.mask import CAUSAL, FULL
+from magi_sink_cp.dist.planning.mask import CAUSAL, FULL, Range
 from magi_sink_cp.dist.planning.packing import KernelCall
 from magi_sink_cp.kernels.backends.fa4 import Fa4Backend
 from magi_sink_cp.kernels.protocol import (
@@ -91,30 +92,27 @@ def _is_dense(call: KernelCall) -> bool:
     if len(call.cu_seqlens_q) != 2:
         return False
     unlimited = call.window_size in (FULL, CAUSAL)
-    return unlimited or call.cu_seqlens_q[1] <= call.cu_seqlens_k[1]
+    return unlimited or bool(call.cu_seqlens_q[1] <= call.cu_seqlens_k[1])
 
 
 def _varlen(call: KernelCall, offsets_q: Tensor, offsets_k: Tensor) -> Varlen:
-    both = call.cu_seqlens_q, call.cu_seqlens_k
-    max_q, max_k = (max(hi - lo for lo, hi in itertools.pairwise(x)) for x in both)
+    max_q, max_k = (int(np.diff(x).max()) for x in (call.cu_seqlens_q, call.cu_seqlens_k))
     return Varlen(offsets_q, offsets_k, max_q, max_k)
 
 
 def _upload(
-    pairs: Sequence[tuple[tuple[int, ...], tuple[int, ...]]], device: torch.device
+    pairs: Sequence[tuple[NDArray[np.int32], NDArray[np.int32]]], device: torch.device
 ) -> list[tuple[Tensor, Tensor]]:
     """Each pair of offsets as int32 tensors on ``device``."""
-    values: list[int] = []
-    places: list[tuple[int, int]] = []
-    for offsets in itertools.chain.from_iterable(pairs):
-        places.append((len(values), len(offsets)))
-        values += offsets
-        values += [0] * (-len(values) % _ALIGNED_OFFSETS)
+    sizes = [len(offsets) for pair in pairs for offsets in pair]
+    starts = [0, *itertools.accumulate(size + -size % _ALIGNED_OFFSETS for size in sizes)]
     with plain_tensors():
-        pinned = device.type == "cuda"
-        host = torch.tensor(values, dtype=torch.int32, device="cpu", pin_memory=pinned)
+        host = torch.zeros(starts[-1], dtype=torch.int32, pin_memory=device.type == "cuda")
+        values = host.numpy()
+        for start, offsets in zip(starts, itertools.chain.from_iterable(pairs), strict=False):
+            values[start : start + len(offsets)] = offsets
         whole = host.to(device, non_blocking=True)
-        tensors = [whole[start : start + size] for start, size in places]
+        tensors = [whole[start : start + size] for start, size in zip(starts, sizes, strict=False)]
     return list(zip(tensors[::2], tensors[1::2], strict=True))
 
 

@@ -1,8 +1,8 @@
 """From the partial results of kernel calls to out and lse: the one place where the sink enters.
 
-Each row of a document has exactly one call that owns it. Such calls write their rows of out
-directly. Other calls give further partial results of some rows. The merge adds these, and the sink
-to every row, unless the owning kernels have added it.
+A row has at most one call that owns it; each row of a document has exactly one. Such calls write
+their rows of out directly. Other calls give further partial results of some rows. The merge adds
+these, and the sink to every row, unless the owning kernels have added it.
 """
 
 from __future__ import annotations
@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 
 from magi_sink_cp.dist.methods.lanes import Lanes
-from magi_sink_cp.dist.planning.layout import Range, union
+from magi_sink_cp.dist.planning.layout import union
+from magi_sink_cp.dist.planning.mask import Range
 from magi_sink_cp.kernels.merge import MAX_PARTIALS, merge
 from magi_sink_cp.kernels.protocol import Partial, nothing_seen, stat_dtype
 
@@ -22,11 +23,19 @@ from magi_sink_cp.kernels.protocol import Partial, nothing_seen, stat_dtype
 class Partials:
     """Collects the partial results of one forward pass."""
 
-    def __init__(self, q: Tensor, is_padded: bool, sink: Tensor | None, lanes: Lanes) -> None:
-        """``sink``: what the merge has to add, once, to every row; None if the kernels add it."""
+    def __init__(
+        self, q: Tensor, is_padded: bool, rows_missing: bool, sink: Tensor | None, lanes: Lanes
+    ) -> None:
+        """Begin with nothing seen.
+
+        Args:
+            is_padded: some rows are padding.
+            rows_missing: some rows of tokens have no owner.
+            sink: what the merge has to add, once, to every row; None if the kernels add it.
+        """
         self._q, self._sink, self._lanes = q, sink, lanes
-        # Rows that no call has are padding. A merge that adds the sink makes them 0.
-        zeroed = is_padded and sink is None
+        # A merge that adds the sink makes padding 0.
+        zeroed = rows_missing or (is_padded and sink is None)
         new = torch.zeros_like if zeroed else torch.empty_like
         self.out = new(q, memory_format=torch.contiguous_format)
         self._owned: list[Partial] = []

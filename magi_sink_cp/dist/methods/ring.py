@@ -18,7 +18,6 @@ been seen, and is waited for at the end.
 
 from __future__ import annotations
 
-import weakref
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -41,14 +40,9 @@ from magi_sink_cp.dist.plan import CPPlan
 from magi_sink_cp.dist.planning.cost import (
     SINK_KERNEL_SLOWER,
     CallSizes,
-    Overlap,
-    choose_overlap,
-    make_work,
 )
-from magi_sink_cp.dist.planning.exchange import Exchange, Schedule
-from magi_sink_cp.dist.planning.layout import union
-from magi_sink_cp.dist.planning.mask import Window
-from magi_sink_cp.dist.planning.schedule import build_schedule
+from magi_sink_cp.dist.planning.exchange import Exchange
+from magi_sink_cp.dist.planning.mask import Range
 from magi_sink_cp.dist.transport.base import OwnCopies, Transfer, Transport
 from magi_sink_cp.kernels.backends.fa4 import Fa4Backend
 from magi_sink_cp.kernels.backends.registry import (
@@ -57,7 +51,6 @@ from magi_sink_cp.kernels.backends.registry import (
     log_choice,
     select_backend,
 )
-from magi_sink_cp.kernels.caching import BoundedCache
 from magi_sink_cp.kernels.protocol import (
     Backend,
     Gradients,
@@ -75,6 +68,7 @@ class RingState:
         transport: how keys travel, or None for one rank.
         forward, backward: the stages of each pass.
         overlap_degrees: of forward and backward.
+        without_owner: of forward and backward, rows of tokens that no call owns.
         two_lanes: of forward and backward, whether calls run in turns on two streams.
         backend: whose kernels compute the attention.
         sink_backend: whose forward adds the sink in the calls that own their rows; if None, the
@@ -85,6 +79,7 @@ class RingState:
     forward: tuple[BoundStage, ...]
     backward: tuple[BoundStage, ...]
     overlap_degrees: tuple[int, int]
+    without_owner: tuple[tuple[Range, ...], tuple[Range, ...]]
     two_lanes: tuple[bool, bool]
     backend: Backend
     sink_backend: Fa4Backend | None
@@ -136,11 +131,15 @@ class Ring(Method):
         backend = select_backend(BackendPolicy(options.backend), q, wanted)
         sink_backend = find_adding_sink(options.backend, q, wanted, call.sink)
         slower = None
+        if plan.mask_slices is not None:
+            sink_backend = None  # rows of several slices have no call that sees all their keys
         if sink_backend is not None:
             slower = 0.0 if sink_backend is backend else SINK_KERNEL_SLOWER
         sizes = CallSizes(call.batch_size, q.shape[-2], k.shape[-2], q.shape[-1], q.element_size())
-        planned = ring_plan(plan)
-        overlap = planned.overlap(params.window_size, sizes, slower)
+        transport, blueprint = plan.transport, plan.blueprint
+        link = "network" if transport is None else transport.link
+        routed = transport is not None and transport.needs_route
+        overlap = blueprint.overlap(params.window_size, sizes, slower, link)
         if not overlap.sink_in_kernel:
             sink_backend = None
         if sink_backend is not None:
@@ -149,13 +148,17 @@ class Ring(Method):
         if options.overlap_degree is not None:
             degrees = options.overlap_degree, options.overlap_degree
         window, batch_size = params.window_size, call.batch_size
-        forward = planned.schedule(window, degrees[0], batch_size, overlap.large_rows)
-        backward = planned.schedule(window, degrees[1], batch_size)
+        forward = blueprint.schedule(window, degrees[0], batch_size, overlap.large_rows, routed)
+        backward = blueprint.schedule(window, degrees[1], batch_size, None, routed)
         return RingState(
-            transport=plan.transport,
+            transport=transport,
             forward=bind(forward, params, q.device),
             backward=bind(backward, params, q.device),
             overlap_degrees=degrees,
+            without_owner=(
+                blueprint.rows_without_owner(forward, batch_size),
+                blueprint.rows_without_owner(backward, batch_size),
+            ),
             two_lanes=overlap.two_lanes,
             backend=backend,
             sink_backend=sink_backend,
@@ -169,7 +172,8 @@ class Ring(Method):
         kernel_sink, merge_sink = (None, sink) if state.sink_backend is None else (sink, None)
         exact_lse = want_lse or state.merges_partials  # what is merged must be finite
         lanes = state.lanes(state.forward, state.two_lanes[0], q.device)
-        partials = Partials(q, request.is_padded, merge_sink, lanes)
+        rows_missing = bool(state.without_owner[0])
+        partials = Partials(q, request.is_padded, rows_missing, merge_sink, lanes)
         with InFlight(state.transport) as flight, lanes:
             for stage, k_stage, v_stage in stages_in_order(k, v, state.forward, flight, lanes):
                 for call in stage.calls:
@@ -199,6 +203,9 @@ class Ring(Method):
         lanes = state.lanes(state.backward, state.two_lanes[1], q.device)
         with InFlight(state.transport) as flight, lanes:
             dsink = SinkGradient(sink, lse, request, lanes) if needs_dsink else None
+            if dsink is not None:
+                for start, stop in state.without_owner[1]:
+                    dsink.add(None, out, dout, dlse, slice(start, stop))
             sums = _RingGradients(request, q, k, v, dsink, flight, lanes)
             for stage, k_stage, v_stage in stages_in_order(k, v, state.backward, flight, lanes):
                 sums.begin(stage, k_stage, v_stage)
@@ -230,16 +237,16 @@ class _RingGradients:
     ) -> None:
         state: RingState = request.state
         self._dtype, self._lanes, self._flight = request.grad_reduce_dtype, lanes, flight
-        # Rows that no call has are padding.
-        new = torch.zeros_like if request.is_padded else torch.empty_like
+        # Some rows have no call that writes them: padding, and those that see no key at first.
+        missing = request.is_padded or bool(state.without_owner[1])
+        new = torch.zeros_like if missing else torch.empty_like
         self.owned_dq = new(q, memory_format=torch.contiguous_format)
         self._dq = GradientSum(q, stat_dtype(q.dtype), lanes)
-        self._dq.add_rows(self.owned_dq, (0, q.shape[0]))
         self._dk, self._dv = self._sums(k, v)
         self._dsink = dsink
-        # The stage after which every row was seen. It is the same on every rank: collectives match
-        # by order.
-        self._dsink_stage = state.backward[0 if state.overlap_degrees[1] > 0 else -1]
+        # The last stage whose calls own rows. It is the same on every rank: collectives match by
+        # order.
+        self._owning_stage = state.backward[0 if state.overlap_degrees[1] > 0 else -1]
         self._last_stage = state.backward[-1]
         self._stage_sums = self._dk, self._dv
         self._coming_home: _ComingHome | None = None
@@ -265,8 +272,10 @@ class _RingGradients:
         leaving = None
         if not stage.local:
             leaving = _ComingHome(stage, self._stage_sums, self._flight, self._dk, self._dv)
-        if self._dsink is not None and stage is self._dsink_stage:
-            self._dsink.reduce()
+        if stage is self._owning_stage:
+            self._dq.add_first(self.owned_dq)
+            if self._dsink is not None:
+                self._dsink.reduce()
         if stage is not self._last_stage:
             self._dq.fold()
         if self._coming_home is not None:
@@ -360,68 +369,3 @@ def stages_in_order(
         if arrived is not None:
             lanes.join()
             arrived.release()
-
-
-class RingPlan:
-    """The ring's schedules and choices for one plan, each made once."""
-
-    def __init__(self, plan: CPPlan) -> None:
-        # Not the plan itself, which would then never be freed.
-        self._layout, self._documents, self._rank = plan.layout, plan.documents, plan.rank
-        self._padded_tokens = plan.total_tokens + plan.pad_tokens
-        self._cp_size = plan.cp_size
-        transport = plan.transport
-        self._routed = transport is not None and transport.needs_route
-        self._link = "network" if transport is None else transport.link
-        self._schedules: BoundedCache[tuple[object, ...], Schedule] = BoundedCache(64)
-        self._overlaps: BoundedCache[tuple[object, ...], Overlap] = BoundedCache(64)
-
-    def schedule(
-        self,
-        window_size: Window,
-        overlap_degree: int,
-        batch_size: int = 1,
-        large_rows: int | None = None,
-    ) -> Schedule:
-        """This rank's schedule; the arguments are those of build_schedule.
-
-        Each of ``batch_size`` samples is laid out and cut into documents as the plan says, back to
-        back.
-        """
-        degree = min(overlap_degree, self._cp_size - 1)
-        key = (window_size, degree, batch_size, large_rows)
-        schedule = self._schedules.get(key)
-        if schedule is None:
-            starts = [sample * self._padded_tokens for sample in range(batch_size)]
-            layout = [
-                union([(lo + at, hi + at) for at in starts for lo, hi in ranges])
-                for ranges in self._layout
-            ]
-            documents = [(lo + at, hi + at) for at in starts for lo, hi in self._documents]
-            schedule = self._schedules[key] = build_schedule(
-                layout, documents, window_size, self._rank, overlap_degree, large_rows, self._routed
-            )
-        return schedule
-
-    def overlap(
-        self, window_size: Window, sizes: CallSizes, sink_kernel_slower: float | None
-    ) -> Overlap:
-        """What the cost model chooses; the same on every rank."""
-        key = (window_size, sizes, sink_kernel_slower)
-        overlap = self._overlaps.get(key)
-        if overlap is None:
-            work = make_work(self._layout, self._documents, window_size, sizes)
-            overlap = choose_overlap(work, self._cp_size, self._link, sink_kernel_slower)
-            self._overlaps[key] = overlap
-        return overlap
-
-
-_ring_plans: weakref.WeakKeyDictionary[CPPlan, RingPlan] = weakref.WeakKeyDictionary()
-
-
-def ring_plan(plan: CPPlan) -> RingPlan:
-    """The plan's :class:`RingPlan`."""
-    found = _ring_plans.get(plan)
-    if found is None:
-        found = _ring_plans[plan] = RingPlan(plan)
-    return found

@@ -31,13 +31,12 @@ machine only the order of things must be right. ``overlap_degree=n`` overrides t
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from bisect import bisect_left
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from magi_sink_cp.dist.planning.layout import Range, RankRanges, num_tokens
-from magi_sink_cp.dist.planning.mask import Window, visible_pairs
-from magi_sink_cp.dist.planning.schedule import typical_share
+from magi_sink_cp.dist.planning.schedule import Mask
 
 # Bytes per second between GPUs of one host and of two; of device memory.
 LINK = {"nvlink": 3.4e11, "network": 4.5e10}
@@ -65,8 +64,11 @@ LARGE_WAVES = 16
 # Computation of a pass, in seconds. Below, two streams wait for each other as long as they save.
 # Above, the ends of calls do not matter, but the fp32 accumulators of two calls' dq do.
 TWO_LANES_S = (1e-3, 20e-3)
-# A buffer holds at most so many times the rank's own keys: it does not grow with cp_size.
-MAX_SHARDS = 4
+# All buffers of a pass together, for keys and in backward for gradients too, hold at most so many
+# times the rank's own keys, on every rank: they do not grow with cp_size.
+MAX_SHARDS = {"forward": 4, "backward": 8}
+# Numbers of travelling stages to choose from, besides cp_size - 1.
+_DEGREES = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512, 768)
 
 
 class CallSizes(NamedTuple):
@@ -124,24 +126,17 @@ class Overlap:
     two_lanes: tuple[bool, bool]
 
 
-def make_work(
-    layout: Sequence[RankRanges],
-    documents: Sequence[Range],
-    window_size: Window,
-    sizes: CallSizes,
-) -> Work:
-    """The :class:`Work` of a call over this layout."""
-    cp_size, batch_size = len(layout), sizes.batch_size
-    pairs = sum(visible_pairs(hi - lo, hi - lo, *window_size) for lo, hi in documents)
-    share = typical_share(layout, documents, window_size)
+def make_work(mask: Mask, sizes: CallSizes) -> Work:
+    """The :class:`Work` of a call over a mask of ``sizes.batch_size`` samples."""
+    share = mask.share()
     return Work(
-        rows=batch_size * num_tokens(layout[0]),
-        pairs=batch_size * pairs // cp_size,
-        remote_keys=batch_size * share.remote_keys,
-        remote_rows=batch_size * share.remote_rows,
-        alone_pairs=batch_size * share.alone_pairs,
-        ranges=batch_size * max(len(ranges) for ranges in layout),
-        documents=batch_size * len(documents),
+        rows=mask.local_tokens,
+        pairs=mask.pairs() // mask.cp_size,
+        remote_keys=share.remote_keys,
+        remote_rows=share.remote_rows,
+        alone_pairs=share.alone_pairs,
+        ranges=mask.most_ranges,
+        documents=mask.num_bands,
         heads=sizes.heads,
         heads_kv=sizes.heads_kv,
         head_dim=sizes.head_dim,
@@ -150,23 +145,29 @@ def make_work(
 
 
 def choose_overlap(
-    work: Work, cp_size: int, link: str, sink_kernel_slower: float | None
+    work: Work,
+    cp_size: int,
+    link: str,
+    sink_kernel_slower: float | None,
+    buffers: Callable[[int], tuple[int, int]],
 ) -> Overlap:
-    """The choices with the least cost.
+    """The choices with the least cost, of those whose buffers are small enough on every rank.
 
     Args:
         link: a key of LINK.
         sink_kernel_slower: how much longer kernels that add the sink take than the others, as a
             part of the computation; 0 if they are the same kernels, None if there are none.
+        buffers: Mask.buffers.
     """
-    fitting = [n for n in range(cp_size) if buffer_tokens(work, n) <= MAX_SHARDS * work.rows]
-    degrees = fitting or [cp_size - 1]
     sink_in_kernel = False
     if sink_kernel_slower is not None:
         sink_in_kernel = _pass_s(work) > sink_kernel_slower * _computation_s(work, "forward")
 
     def cheapest(direction: str) -> int:
-        return min(degrees, key=lambda n: cost_s(work, cp_size, n, link, direction, sink_in_kernel))
+        return min(
+            _fitting_degrees(work, cp_size, direction, buffers),
+            key=lambda n: cost_s(work, cp_size, n, link, direction, sink_in_kernel),
+        )
 
     return Overlap(
         degrees=(cheapest("forward"), cheapest("backward")),
@@ -174,6 +175,27 @@ def choose_overlap(
         large_rows=-(-LARGE_WAVES * PROCESSORS // work.heads) * TILE_ROWS,
         two_lanes=(_two_lanes(work, "forward"), _two_lanes(work, "backward")),
     )
+
+
+def _fitting_degrees(
+    work: Work, cp_size: int, direction: str, buffers: Callable[[int], tuple[int, int]]
+) -> list[int]:
+    """The degrees to choose from: those whose buffers hold MAX_SHARDS times the own keys at most.
+
+    More stages have smaller buffers, so the smallest number of stages that fits is searched by
+    halving. With one rank a stage they always fit.
+    """
+    if cp_size == 1:
+        return [0]
+
+    def fits(degree: int) -> bool:
+        keys, gradients = buffers(degree)
+        tokens = keys if direction == "forward" else keys + gradients
+        return min(2, max(1, degree)) * tokens <= MAX_SHARDS[direction] * work.rows
+
+    stages = [n for n in _DEGREES if n < cp_size - 1] + [cp_size - 1]
+    fewest = bisect_left(stages, True, hi=len(stages) - 1, key=fits)
+    return ([0] if fits(0) else []) + stages[fewest:]
 
 
 def cost_s(
@@ -209,11 +231,6 @@ def cost_s(
         merged += 2 * partial + later_calls * call_s + 16 * work.rows * work.heads / MEMORY
     slower = STAGES_SLOWER[direction] * work.remote_rows / max(1, work.rows) * computation
     return merged + degree * exposed + slower + (trips - 1) * transfer + call_s
-
-
-def buffer_tokens(work: Work, degree: int) -> float:
-    """Keys that stand together in a stage's buffer, on average."""
-    return work.remote_keys / degree if degree else work.remote_keys + work.rows
 
 
 def _token_bytes(work: Work) -> int:

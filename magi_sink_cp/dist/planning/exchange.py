@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
-from magi_sink_cp.dist.planning.layout import Range
+from magi_sink_cp.dist.planning.mask import Range
 from magi_sink_cp.dist.planning.packing import KernelCall
 
 
-@dataclass(frozen=True)
-class Message:
+class Message(NamedTuple):
     """Tokens to or from another cp rank.
 
     Attributes:
@@ -92,9 +92,16 @@ class Stage:
 
 @dataclass(frozen=True)
 class Schedule:
-    """All stages of one rank under one mask, in order."""
+    """All stages of one rank under one mask, in order.
+
+    Attributes:
+        stages: the stages.
+        owned: sorted disjoint ranges of rows that a call of some stage owns. Other rows get 0, and
+            what calls add that own no rows.
+    """
 
     stages: tuple[Stage, ...]
+    owned: tuple[Range, ...]
 
     @property
     def sent_tokens(self) -> int:

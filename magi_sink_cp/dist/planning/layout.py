@@ -8,11 +8,15 @@ are padding.
 
 from __future__ import annotations
 
-from bisect import bisect_right
+import itertools
 from collections.abc import Callable, Sequence
-from heapq import heappop, heappush
+from heapq import heapify, heappop, heapreplace
+from typing import NamedTuple
 
-Range = tuple[int, int]
+import numpy as np
+
+from magi_sink_cp.dist.planning.mask import Bands, Ints, Range, pairs_of_rows
+
 RankRanges = tuple[Range, ...]
 
 # Chunks per rank that the balanced layout tries, and how much more work than the mean the busiest
@@ -21,91 +25,174 @@ BALANCED_CHUNKS = (2, 3, 4, 6, 8, 12, 16)
 BALANCED_LEAD = 0.02
 
 
-def zigzag(
-    total_tokens: int, cp_size: int, documents: Sequence[Range] = ()
-) -> tuple[RankRanges, ...]:
+def zigzag(total_tokens: int, cp_size: int, bands: Bands) -> tuple[RankRanges, ...]:
     """Head-tail layout: 2·cp equal chunks, of which rank r holds chunks r and 2·cp - 1 - r.
 
-    Under a causal mask over one document every rank then does the same work; ``documents`` do not
+    Under a causal mask over one document every rank then does the same work; ``bands`` do not
     matter. The sequence is padded at its end to a multiple of 2·cp; for one rank it is not padded.
     cp_size = 2, 8 tokens:
 
         chunk    0    1    2    3
         tokens  0 1  2 3  4 5  6 7
         rank     0    1    1    0         → rank 0: (0, 2), (6, 8); rank 1: (2, 6)
-
-    >>> zigzag(7, 2)
-    (((0, 2), (6, 8)), ((2, 6),))
     """
-    if cp_size == 1:
-        return (union([(0, total_tokens)]),)
-    size = -(-total_tokens // (2 * cp_size))
-    pairs = ((rank, 2 * cp_size - 1 - rank) for rank in range(cp_size))
-    return tuple(union([_chunk(first, size), _chunk(last, size)]) for first, last in pairs)
+    if cp_size == 1 or total_tokens == 0:
+        return _undivided(total_tokens, cp_size)
+    ranks = np.arange(cp_size)
+    held = np.stack([ranks, 2 * cp_size - 1 - ranks], axis=1)
+    return _ranges(held, _edges(total_tokens, cp_size, 2))
 
 
-def balanced(
-    total_tokens: int, cp_size: int, documents: Sequence[Range] = ()
-) -> tuple[RankRanges, ...]:
-    """Equal chunks, equally many per rank, dealt so that the ranks' work is nearly equal.
+def balanced(total_tokens: int, cp_size: int, bands: Bands) -> tuple[RankRanges, ...]:
+    """Chunks, equally many per rank, dealt so that the ranks' work is nearly equal.
 
-    A chunk's work is its (query, key) pairs under a causal mask. The heaviest chunk goes first, to
-    the rank with the least work that has room. Where documents are short, a chunk's work depends on
-    where they are cut, which zigzag ignores. Fewer chunks mean fewer kernel calls: the smallest
-    number of chunks whose busiest rank exceeds the mean by BALANCED_LEAD at most is taken, else the
-    best one.
+    A chunk's work is the (query, key) pairs of its rows. The heaviest chunk goes first, to the rank
+    with the least work that has room. Fewer chunks mean fewer kernel calls: the smallest number of
+    chunks whose busiest rank exceeds the mean by BALANCED_LEAD at most is taken, else the best one.
 
-    >>> balanced(16, 1)
-    (((0, 16),),)
+    Ranks hold as many tokens as in zigzag, whatever the mask. If these do not divide into the
+    chunks, the last chunks of the sequence, one for each rank, are shorter than the others.
     """
-    if cp_size == 1:
-        return zigzag(total_tokens, 1)
+    if cp_size == 1 or total_tokens == 0:
+        return _undivided(total_tokens, cp_size)
+    return _best_deal(total_tokens, cp_size, bands)[1]
+
+
+def auto(total_tokens: int, cp_size: int, bands: Bands) -> tuple[RankRanges, ...]:
+    """Zigzag where its busiest rank has at most BALANCED_LEAD more pairs than the mean.
+
+    Else the better of zigzag and balanced. So one document is zigzag, and documents or slices of a
+    mask that would let ranks wait are balanced.
+    """
+    if cp_size == 1 or total_tokens == 0:
+        return _undivided(total_tokens, cp_size)
+    work = pairs_of_rows(bands, _edges(total_tokens, cp_size, 2))
+    lead = _lead(work[:cp_size] + work[cp_size:][::-1])
+    if lead > BALANCED_LEAD:
+        balanced_lead, layout = _best_deal(total_tokens, cp_size, bands)
+        if balanced_lead < lead:
+            return layout
+    return zigzag(total_tokens, cp_size, bands)
+
+
+Layout = Callable[[int, int, Bands], tuple[RankRanges, ...]]
+LAYOUTS: dict[str, Layout] = {"auto": auto, "zigzag": zigzag, "balanced": balanced}
+
+
+def _edges(total_tokens: int, cp_size: int, chunks: int) -> Ints:
+    """(chunks · cp_size + 1,): where the chunks begin and end.
+
+    Empty if the last ones would have no token, which two chunks never do.
+    """
+    local = 2 * -(-total_tokens // (2 * cp_size))
+    size = -(-local // chunks)
+    last = local - (chunks - 1) * size
+    if last <= 0:
+        return np.zeros(0, dtype=np.int64)
+    sizes = np.full(chunks * cp_size, size, dtype=np.int64)
+    sizes[-cp_size:] = last
+    return np.concatenate([[0], np.cumsum(sizes)])
+
+
+def _best_deal(
+    total_tokens: int, cp_size: int, bands: Bands
+) -> tuple[float, tuple[RankRanges, ...]]:
+    """(the busiest rank's lead, layout) of :func:`balanced`."""
+    cuts = [_edges(total_tokens, cp_size, chunks) for chunks in BALANCED_CHUNKS]
+    cuts = [edges for edges in cuts if len(edges)]
     best: tuple[float, tuple[RankRanges, ...]] | None = None
-    for chunks in BALANCED_CHUNKS:
-        lead, layout = _dealt(total_tokens, cp_size, documents, chunks)
+    for number, edges in enumerate(cuts):
+        work = pairs_of_rows(bands, edges)
+        at_least = float(work.max(initial=0)) * cp_size / max(1.0, float(work.sum())) - 1
+        if at_least > BALANCED_LEAD and number < len(cuts) - 1:
+            continue  # one chunk alone is too much for a rank
+        held = _dealt(work, cp_size, edges[1] == edges[-1] - edges[-2])
+        lead = _lead(work[held].sum(axis=1))
         if best is None or lead < best[0]:
-            best = lead, layout
+            best = lead, _ranges(held, edges)
         if lead <= BALANCED_LEAD:
             break
-    assert best is not None, "there are numbers of chunks to try"
-    return best[1]
+    assert best is not None, "two chunks always fit"
+    return best
 
 
-def _dealt(
-    total_tokens: int, cp_size: int, documents: Sequence[Range], chunks: int
-) -> tuple[float, tuple[RankRanges, ...]]:
-    """(the busiest rank's work over the mean - 1, layout) with ``chunks`` chunks per rank."""
-    size = -(-total_tokens // (chunks * cp_size))
-    work = [causal_pairs(_chunk(index, size), documents) for index in range(chunks * cp_size)]
-    free = [(0, rank) for rank in range(cp_size)]
-    held: list[list[Range]] = [[] for _ in range(cp_size)]
-    busiest = 0
-    for index in sorted(range(len(work)), key=lambda index: -work[index]):
-        load, rank = heappop(free)
-        held[rank].append(_chunk(index, size))
-        busiest = max(busiest, load + work[index])
-        if len(held[rank]) < chunks:
-            heappush(free, (load + work[index], rank))
-    lead = busiest * cp_size / max(1, sum(work)) - 1
-    return lead, tuple(union(ranges) for ranges in held)
+def _dealt(work: Ints, cp_size: int, equal: bool) -> Ints:
+    """(ranks, chunks per rank): which chunks each rank holds.
+
+    Unless all chunks are ``equal`` in size, every rank gets one of the last cp_size chunks.
+    """
+    held: list[list[int]] = [[] for _ in range(cp_size)]
+    room = len(work) // cp_size
+    # load · cp_size + rank, of each rank that has room.
+    least = list(range(cp_size))
+    dealt = len(work)
+    if not equal:
+        dealt -= cp_size
+        for rank, chunk in enumerate(range(dealt, len(work))):
+            held[rank].append(chunk)
+            least[rank] += int(work[chunk]) * cp_size
+        heapify(least)
+    order = np.argsort(-work[:dealt], kind="stable")
+    for chunk, more in zip(order.tolist(), (work[order] * cp_size).tolist(), strict=True):
+        mine = held[least[0] % cp_size]
+        mine.append(chunk)
+        if len(mine) < room:
+            heapreplace(least, least[0] + more)
+        else:
+            heappop(least)
+    return np.array(held, dtype=np.int64)
 
 
-Layout = Callable[[int, int, Sequence[Range]], tuple[RankRanges, ...]]
-LAYOUTS: dict[str, Layout] = {"zigzag": zigzag, "balanced": balanced}
+def _lead(load: Ints) -> float:
+    """How much more work than the mean the busiest rank has, as a part of the mean."""
+    return float(load.max(initial=0)) * len(load) / max(1.0, float(load.sum())) - 1
 
 
-def causal_pairs(rows: Range, documents: Sequence[Range]) -> int:
-    """(query, key) pairs of these rows under a causal mask: row i of a document sees i + 1 keys."""
-    pairs = 0
-    first_document = max(0, bisect_right(documents, (rows[0], rows[0])) - 1)
-    for index in range(first_document, len(documents)):
-        lo, hi = documents[index]
-        if lo >= rows[1]:
-            break
-        first, last = max(lo, rows[0]) - lo, min(hi, rows[1]) - lo
-        if first < last:
-            pairs += (last * (last + 1) - first * (first + 1)) // 2
-    return pairs
+def _undivided(total_tokens: int, cp_size: int) -> tuple[RankRanges, ...]:
+    """One rank holds everything, or all hold nothing."""
+    return (((0, total_tokens),) if total_tokens else (),) * cp_size
+
+
+def _ranges(held: Ints, edges: Ints) -> tuple[RankRanges, ...]:
+    """Each rank's chunks (rank, chunks) as ranges; neighbours are joined."""
+    chunks = np.sort(held, axis=1)
+    begins = np.diff(chunks, axis=1, prepend=-2) != 1
+    ends = np.diff(chunks, axis=1, append=held.size + 1) != 1
+    starts, stops = edges[chunks[begins]], edges[chunks[ends] + 1]
+    ranges = list(zip(starts.tolist(), stops.tolist(), strict=True))
+    counts = [0, *np.cumsum(begins.sum(axis=1)).tolist()]
+    return tuple(tuple(ranges[lo:hi]) for lo, hi in itertools.pairwise(counts))
+
+
+class Places(NamedTuple):
+    """The ranges of all ranks, in the order of the sequence, as arrays.
+
+    Attributes:
+        lo, hi: of each range.
+        rank: who holds it.
+        start: local index of its first token there.
+    """
+
+    lo: Ints
+    hi: Ints
+    rank: Ints
+    start: Ints
+
+    def of(self, rank: int) -> Places:
+        """Those of one rank."""
+        return Places(*(array[self.rank == rank] for array in self))
+
+
+def places(layout: Sequence[RankRanges]) -> Places:
+    """The layout as arrays."""
+    edges = np.array([edge for ranges in layout for edge in ranges], dtype=np.int64).reshape(-1, 2)
+    counts = np.array([len(ranges) for ranges in layout], dtype=np.int64)
+    rank = np.repeat(np.arange(len(layout)), counts)
+    stops = np.cumsum(edges[:, 1] - edges[:, 0])
+    starts = stops - (edges[:, 1] - edges[:, 0])
+    before = np.concatenate([[0], stops])[np.cumsum(counts) - counts]  # tokens of earlier ranks
+    order = np.argsort(edges[:, 0], kind="stable")
+    return Places(edges[order, 0], edges[order, 1], rank[order], (starts - before[rank])[order])
 
 
 def num_tokens(ranges: Sequence[Range]) -> int:
@@ -122,20 +209,3 @@ def union(ranges: Sequence[Range]) -> RankRanges:
         elif hi > lo:
             joined.append((lo, hi))
     return tuple(joined)
-
-
-def intersection(ranges: Sequence[Range], others: Sequence[Range]) -> list[Range]:
-    """The tokens of both: one range for each pair that overlaps. Both are sorted and disjoint."""
-    found = []
-    for lo, hi in others:
-        for index in range(max(0, bisect_right(ranges, (lo, lo)) - 1), len(ranges)):
-            start, stop = ranges[index]
-            if start >= hi:
-                break
-            if max(start, lo) < min(stop, hi):
-                found.append((max(start, lo), min(stop, hi)))
-    return found
-
-
-def _chunk(index: int, size: int) -> Range:
-    return index * size, (index + 1) * size

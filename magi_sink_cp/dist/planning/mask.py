@@ -1,47 +1,182 @@
-"""Windows over global token positions, and what a kernel call must be told of them.
+"""Masks as bands over global token positions, and what a kernel call must be told of them.
 
-A window (left, right) lets a query see ``left`` tokens before and ``right`` tokens behind itself
-within its document; -1 is unlimited, right = 0 is causal. A kernel does not know where its rows and
-keys stand in the sequence. Its window is aligned to the bottom right of each segment, so for rows
-that end at global position r and keys that end at k, the global window (left, right) becomes
-(left + k - r, right + r - k).
+A *band* is a rectangle of queries × keys in which query q sees key k if lo <= k - q <= hi. Every
+mask is a list of bands that share no (query, key) pair:
+
+- a document under a window (left, right): its tokens × its tokens, lo = -left, hi = right. A window
+  lets a query see ``left`` tokens before and ``right`` tokens behind itself; -1 is unlimited,
+  right = 0 is causal;
+- a slice of a mask: its rectangle, with MagiAttention's types (:data:`SLICE_TYPES`).
+
+A kernel does not know where its rows and keys stand in the sequence. Its window is aligned to the
+bottom right of each segment: for rows that end at global position r and keys that end at k, the
+kernel's window of a band is (k - r - lo, hi - (k - r)).
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+import operator
+from collections.abc import Iterable, Sequence
+from typing import Any, NamedTuple
 
-from magi_sink_cp.dist.planning.layout import Range
+import numpy as np
+from numpy.typing import NDArray
 
+Ints = NDArray[np.int64]
+Range = tuple[int, int]
 Window = tuple[int, int]
 FULL: Window = (-1, -1)
 CAUSAL: Window = (-1, 0)
+# Farther than any two tokens are apart, and far from overflow.
+FAR = 1 << 60
+
+SLICE_TYPES = ("full", "causal", "inv_causal", "bi_causal")
+# Queries, keys, type.
+Slice = tuple[Range, Range, str]
 
 
-@dataclass(frozen=True)
-class Segment:
-    """Query rows × keys of one document under a kernel's window.
+class Bands(NamedTuple):
+    """Bands as arrays: queries [q_lo, q_hi) × keys [k_lo, k_hi), where lo <= key - query <= hi."""
 
-    Attributes:
-        rows, keys: local indices of the rank's queries, and of the stage's keys.
-        window_size: (left, right), aligned to the bottom right; -1 is unlimited.
-        diagonal: the rows are among the keys. Every row of a document is in exactly one diagonal
-            segment of a schedule.
+    q_lo: Ints
+    q_hi: Ints
+    k_lo: Ints
+    k_hi: Ints
+    lo: Ints
+    hi: Ints
+
+    def within(self, queries: Range, keys: Range) -> int:
+        """How many pairs these queries and keys have."""
+        tile = Bands(
+            np.maximum(self.q_lo, queries[0]),
+            np.maximum(np.minimum(self.q_hi, queries[1]), np.maximum(self.q_lo, queries[0])),
+            np.maximum(self.k_lo, keys[0]),
+            np.maximum(np.minimum(self.k_hi, keys[1]), np.maximum(self.k_lo, keys[0])),
+            self.lo,
+            self.hi,
+        )
+        return int(band_pairs(tile).sum())
+
+    def shifted(self, by: int) -> Bands:
+        """The same bands ``by`` tokens later."""
+        return Bands(
+            self.q_lo + by, self.q_hi + by, self.k_lo + by, self.k_hi + by, self.lo, self.hi
+        )
+
+
+def bands_of_documents(documents: Sequence[Range] | Ints, window_size: Window) -> Bands:
+    """One band for each document.
+
+    Limits of the window that reach across every document hide nothing and are left out.
     """
+    edges = np.array(documents, dtype=np.int64).reshape(-1, 2)
+    start, stop = edges[:, 0], edges[:, 1]
+    farthest = int((stop - start).max(initial=1)) - 1
+    left, right = (FAR if n < 0 or 0 < farthest <= n else n for n in window_size)
+    return Bands(start, stop, start, stop, np.full_like(start, -left), np.full_like(start, right))
 
-    rows: Range
-    keys: Range
-    window_size: Window
-    diagonal: bool
 
-    @property
-    def num_rows(self) -> int:
-        return self.rows[1] - self.rows[0]
+def bands_of_slices(slices: Sequence[Slice]) -> Bands:
+    """One band for each slice, or one for two that are a window.
 
-    @property
-    def num_keys(self) -> int:
-        return self.keys[1] - self.keys[0]
+    With queries [q0, q1) and keys [k0, k1): "full" sees all; "causal" is aligned to the bottom
+    right, k - q <= k1 - q1; "inv_causal" to the top left, k - q >= k0 - q0; "bi_causal" is both.
+    Four queries and six keys (x is seen):
+
+        full         causal       inv_causal   bi_causal
+        x x x x x x  x x x . . .  x x x x x x  x x x . . .
+        x x x x x x  x x x x . .  . x x x x x  . x x x . .
+        x x x x x x  x x x x x .  . . x x x x  . . x x x .
+        x x x x x x  x x x x x x  . . . x x x  . . . x x x
+    """
+    return _with_whole_windows(_bands_one_by_one(slices))
+
+
+def _bands_one_by_one(slices: Sequence[Slice]) -> Bands:
+    edges = np.array([(*q, *k) for q, k, _ in slices], dtype=np.int64).reshape(-1, 4)
+    q_lo, q_hi, k_lo, k_hi = edges.T
+    right = np.array([kind in ("causal", "bi_causal") for *_, kind in slices], dtype=bool)
+    left = np.array([kind in ("inv_causal", "bi_causal") for *_, kind in slices], dtype=bool)
+    lo, hi = np.where(left, k_lo - q_lo, -FAR), np.where(right, k_hi - q_hi, FAR)
+    return Bands(q_lo, q_hi, k_lo, k_hi, lo, hi)
+
+
+def _with_whole_windows(b: Bands) -> Bands:
+    """The same mask with one band where two slices are a sliding window.
+
+    As slices, the rows that the window does not cut are one, and the others are the next.
+    """
+    if len(b.lo) < 2:
+        return b
+    one = Bands(*(array[:-1] for array in b))
+    two = Bands(*(array[1:] for array in b))
+    continues = (
+        (one.q_hi == two.q_lo)
+        & (one.hi == two.hi)
+        & (one.hi < FAR)
+        & (one.lo == -FAR)
+        & (two.lo > -FAR)
+        & (one.q_hi - 1 + two.lo <= one.k_lo)  # two's limit hides no pair of one
+        & (two.q_lo + two.lo == two.k_lo)
+        & (one.k_lo <= two.k_lo)
+        & (one.k_hi <= two.k_hi)
+    )
+    first = np.append(continues, False)
+    second = np.concatenate([[False], continues])
+    return Bands(
+        b.q_lo[~second],
+        np.where(first, np.append(two.q_hi, 0), b.q_hi)[~second],
+        b.k_lo[~second],
+        np.where(first, np.append(two.k_hi, 0), b.k_hi)[~second],
+        np.where(first, np.append(two.lo, 0), b.lo)[~second],
+        b.hi[~second],
+    )
+
+
+def join_bands(parts: Sequence[Bands]) -> Bands:
+    """All bands of the parts."""
+    return Bands(*(np.concatenate(arrays) for arrays in zip(*parts, strict=True)))
+
+
+def band_pairs(bands: Bands) -> Ints:
+    """(query, key) pairs that each band lets through."""
+    rows, keys = bands.q_hi - bands.q_lo, bands.k_hi - bands.k_lo
+    # Row p and key s, counted from the rectangle's first: k - q = s - p + k_lo - q_lo.
+    start = bands.k_lo - bands.q_lo
+    return _pairs_up_to(rows, keys, np.minimum(bands.hi - start, keys)) - _pairs_up_to(
+        rows, keys, np.maximum(bands.lo - start - 1, -rows - 1)
+    )
+
+
+def pairs_of_rows(bands: Bands, edges: Ints) -> Ints:
+    """Visible pairs of the rows between each two neighbours of the ascending ``edges``."""
+    band, chunk = overlaps(bands.q_lo, bands.q_hi, edges[:-1], edges[1:])
+    parts = Bands(
+        np.maximum(bands.q_lo[band], edges[chunk]),
+        np.minimum(bands.q_hi[band], edges[chunk + 1]),
+        *(array[band] for array in bands[2:]),
+    )
+    # Exact below 2**53, and weights of work above.
+    pairs = np.bincount(chunk, band_pairs(parts).astype(np.float64), minlength=len(edges) - 1)
+    return pairs.astype(np.int64)
+
+
+def overlaps(lo: Ints, hi: Ints, start: Ints, stop: Ints) -> tuple[Ints, Ints]:
+    """Indices (i, j) of all ranges [lo, hi) and [start, stop) that share a token, ascending in i.
+
+    The second ranges are sorted and disjoint, the first ones any.
+    """
+    first = np.searchsorted(stop, lo, side="right")
+    count = np.maximum(np.searchsorted(start, hi, side="left") - first, 0)
+    count[hi <= lo] = 0
+    return expand(first, count)
+
+
+def expand(first: Ints, count: Ints) -> tuple[Ints, Ints]:
+    """(i, first[i] + 0 … count[i] - 1) for every i, one after the other."""
+    owner = np.repeat(np.arange(len(count)), count)
+    ends = np.cumsum(count)
+    return owner, np.arange(len(owner)) + (first - (ends - count))[owner]
 
 
 def visible_pairs(num_q: int, num_k: int, left: int, right: int) -> int:
@@ -50,47 +185,101 @@ def visible_pairs(num_q: int, num_k: int, left: int, right: int) -> int:
     >>> visible_pairs(3, 3, -1, 0)
     6
     """
-    total = _pairs_up_to(num_q, num_k, num_k if right < 0 else num_k - num_q + right)
-    return total if left < 0 else total - _pairs_up_to(num_q, num_k, num_k - num_q - left - 1)
+    lag = num_k - num_q
+    one = [np.array([n]) for n in (
+        0, num_q, 0, num_k, -FAR if left < 0 else lag - left, FAR if right < 0 else lag + right
+    )]  # fmt: skip
+    return int(band_pairs(Bands(*one))[0])
 
 
-def _pairs_up_to(num_q: int, num_k: int, offset: int) -> int:
+def _pairs_up_to(num_q: Ints, num_k: Ints, offset: Ints) -> Ints:
     """How many pairs (p, s), 0 <= p < num_q, 0 <= s < num_k, have s - p <= offset."""
 
-    def sum_of_minima(rows: int) -> int:  # Σ min(num_k, u) for u = 1 … rows
-        beyond = max(0, rows - num_k)
-        return rows * (rows + 1) // 2 - beyond * (beyond + 1) // 2 if rows > 0 else 0
+    def sum_of_minima(rows: Ints) -> Ints:  # Σ min(num_k, u) for u = 1 … rows
+        rows = np.maximum(rows, 0)
+        beyond = np.maximum(0, rows - num_k)
+        return rows * (rows + 1) // 2 - beyond * (beyond + 1) // 2
 
     return sum_of_minima(num_q + offset) - sum_of_minima(offset)
 
 
-def reach(tokens: Range, others: Range, before: int, after: int) -> Range:
-    """The part of ``tokens`` at most ``before`` before or ``after`` behind one of ``others``.
+def check_slices(total_tokens: int, mask_slices: object) -> tuple[Slice, ...]:
+    """The slices as tuples of ints.
 
-    -1 is any distance.
+    Raises:
+        TypeError, ValueError: they are no slices of a mask of total_tokens, or two of them share a
+            (query, key) pair. The text names the slice.
     """
-    lo = tokens[0] if before < 0 else max(tokens[0], others[0] - before)
-    hi = tokens[1] if after < 0 else min(tokens[1], others[1] + after)
-    return lo, hi
+    if isinstance(mask_slices, (str, bytes)) or not isinstance(mask_slices, Iterable):
+        raise TypeError(
+            "mask_slices must be a sequence of ((q0, q1), (k0, k1), type), got "
+            f"{type(mask_slices).__name__}"
+        )
+    slices = tuple(
+        _check_slice(index, given, total_tokens) for index, given in enumerate(mask_slices)
+    )
+    _refuse_shared_pairs(slices)
+    return slices
 
 
-def effective_window(window_size: Window, documents: Sequence[Range]) -> Window:
-    """window_size without limits that reach across every document: they hide nothing."""
-    farthest = max((hi - lo for lo, hi in documents), default=1) - 1
-    left, right = window_size
-    return -1 if 0 < farthest <= left else left, -1 if 0 < farthest <= right else right
+def _check_slice(index: int, given: Any, total_tokens: int) -> Slice:
+    name = f"mask_slices[{index}]"
+    try:
+        queries, keys, kind = given
+        q0, q1 = map(operator.index, queries)
+        k0, k1 = map(operator.index, keys)
+    except (TypeError, ValueError):
+        raise TypeError(
+            f"{name} must be ((q0, q1), (k0, k1), type) with int ranges, got {given!r}"
+        ) from None
+    if not isinstance(kind, str) or kind not in SLICE_TYPES:
+        raise ValueError(f"{name} must have one of the types {SLICE_TYPES}, got {kind!r}")
+    for what, lo, hi in (("queries", q0, q1), ("keys", k0, k1)):
+        if not 0 <= lo < hi <= total_tokens:
+            raise ValueError(
+                f"{name} must have a range of {what} (start, stop) with 0 <= start < stop <= "
+                f"total_tokens, {total_tokens}, got {(lo, hi)}"
+            )
+    return (q0, q1), (k0, k1), kind
 
 
-def kernel_window(rows: Range, keys: Range, window: Window, diagonal: bool) -> Window:
-    """The kernel's window for global rows × keys.
+# How many pairs of slices are compared at a time.
+_COMPARED = 1 << 20
 
-    Off the diagonal, a limit that hides no pair is left out, so that more segments share a call.
+
+def _refuse_shared_pairs(slices: tuple[Slice, ...]) -> None:
+    """Raise ValueError if two slices share a (query, key) pair.
+
+    Slices are compared with those that share queries with them, or keys if these are fewer.
     """
-    left, right = window
-    lag = rows[1] - keys[1]
-    kernel_left, kernel_right = left - lag, right + lag
-    if left < 0 or (not diagonal and kernel_left >= keys[1] - keys[0] - 1):
-        kernel_left = -1
-    if right < 0 or (not diagonal and kernel_right >= rows[1] - rows[0] - 1):
-        kernel_right = -1
-    return kernel_left, kernel_right
+    b = _bands_one_by_one(slices)
+    axes = [(b.q_lo, b.q_hi), (b.k_lo, b.k_hi)]
+    neighbours = [_later_overlaps(lo, hi) for lo, hi in axes]
+    order, first, count = min(neighbours, key=lambda each: int(each[2].sum()))
+    many = range(_COMPARED, int(count.sum()), _COMPARED)
+    for part in np.split(np.arange(len(order)), np.searchsorted(np.cumsum(count), many)):
+        i, j = expand(first[part], count[part])
+        one, two = order[part[i]], order[j]
+        q_lo, q_hi = np.maximum(b.q_lo[one], b.q_lo[two]), np.minimum(b.q_hi[one], b.q_hi[two])
+        k_lo, k_hi = np.maximum(b.k_lo[one], b.k_lo[two]), np.minimum(b.k_hi[one], b.k_hi[two])
+        # What key - query can be.
+        lo = np.maximum(np.maximum(b.lo[one], b.lo[two]), k_lo - q_hi + 1)
+        hi = np.minimum(np.minimum(b.hi[one], b.hi[two]), k_hi - 1 - q_lo)
+        shared = np.flatnonzero((q_lo < q_hi) & (k_lo < k_hi) & (lo <= hi))
+        if len(shared):
+            at = shared[0]
+            query = int(max(q_lo[at], k_lo[at] - lo[at]))
+            a, c = sorted((int(one[at]), int(two[at])))
+            raise ValueError(
+                f"mask_slices[{a}], {slices[a]}, and mask_slices[{c}], {slices[c]}, must not share "
+                f"a (query, key) pair, and both hold ({query}, {query + int(lo[at])})"
+            )
+
+
+def _later_overlaps(lo: Ints, hi: Ints) -> tuple[Ints, Ints, Ints]:
+    """Ranges in ascending order; for each, where those that begin later inside it begin, and how
+    many there are.
+    """
+    order = np.argsort(lo, kind="stable")
+    first = np.arange(1, len(lo) + 1)
+    return order, first, np.searchsorted(lo[order], hi[order], side="left") - first

@@ -2,15 +2,47 @@
 
 from __future__ import annotations
 
-from bisect import bisect_left
-from collections.abc import Sequence
+import itertools
+from bisect import bisect_right, insort
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any, NamedTuple
 
-from magi_sink_cp.dist.planning.layout import Range
-from magi_sink_cp.dist.planning.mask import CAUSAL, FULL, Segment, Window
+import numpy as np
+from numpy.typing import NDArray
+
+from magi_sink_cp.dist.planning.mask import FAR, Ints, Range, Window
+
+Flags = NDArray[np.bool_]
+
+# How many calls a segment is offered to before it begins a new one.
+_OPEN_CALLS = 16
 
 
-@dataclass(frozen=True)
+class Segments(NamedTuple):
+    """Query rows × keys of one band under a kernel's window, as arrays.
+
+    Attributes:
+        row_lo, row_hi, key_lo, key_hi: local indices of the rank's queries, and of the stage's
+            keys.
+        left, right: the window, aligned to the bottom right; -1 is unlimited.
+        diagonal: the rows are among the keys.
+    """
+
+    row_lo: Ints
+    row_hi: Ints
+    key_lo: Ints
+    key_hi: Ints
+    left: Ints
+    right: Ints
+    diagonal: Flags
+
+    def at(self, index: Flags | NDArray[np.intp]) -> Segments:
+        """The segments of these indices."""
+        return Segments(*(array[index] for array in self))  # type: ignore[arg-type]
+
+
+@dataclass(frozen=True, eq=False)
 class KernelCall:
     """Segments for one varlen kernel call.
 
@@ -20,122 +52,258 @@ class KernelCall:
     Attributes:
         rows: rows of q that the call reads.
         keys: keys of the stage that the call reads.
-        cu_seqlens_q, cu_seqlens_k: offsets of the documents, from the first row and the first key.
+        cu_seqlens_q, cu_seqlens_k: int32 offsets of the documents, from the first row and the first
+            key.
         window_size: of every segment.
-        owns_rows: each of its rows is on its own diagonal here. Of all calls of a pass this one
-            writes out, dq and delta of these rows; others only add to them.
+        owns_rows: of all calls of a pass this one writes out, dq and delta of these rows. Others
+            only add to them.
     """
 
     rows: Range
     keys: Range
-    cu_seqlens_q: tuple[int, ...]
-    cu_seqlens_k: tuple[int, ...]
+    cu_seqlens_q: NDArray[np.int32]
+    cu_seqlens_k: NDArray[np.int32]
     window_size: Window
     owns_rows: bool
 
 
-def make_kernel_calls(
-    segments: Sequence[Segment], piece_starts: Sequence[int] | None, large_rows: int | None
-) -> tuple[KernelCall, ...]:
-    """The calls of one stage; those that own their rows come first.
+class Packed(NamedTuple):
+    """The kernel calls of a pass.
+
+    Attributes:
+        stages: the calls of each stage; those that own their rows come first.
+        owned: sorted disjoint ranges of rows that a call owns.
+    """
+
+    stages: tuple[tuple[KernelCall, ...], ...]
+    owned: tuple[Range, ...]
+
+
+def pack(stages: Sequence[Segments], owning_stages: int, large_rows: int | None = None) -> Packed:
+    """The kernel calls for the segments of each stage.
 
     Args:
-        piece_starts: sorted first rows of all pieces of documents on the rank. If given, rows
-            between two segments of a call must be padding, so that a call which owns its rows
-            writes no rows of another one.
-        large_rows: neighbouring segments of at least so many rows stay in calls of their own.
+        owning_stages: only calls of so many first stages may own their rows.
+        large_rows: neighbouring segments of at least so many rows stay in calls of their own. Dense
+            calls are faster than packed ones (FlashAttention-4's by a sixth under a window of 128).
     """
-    calls = [_call(group) for group in _group(_join(segments), piece_starts, large_rows)]
-    return tuple(sorted(calls, key=lambda call: not call.owns_rows))
+    joined = [_join(segments) for segments in stages]
+    owners = _choose_owners(joined[:owning_stages])
+    owners += [np.zeros(len(s.row_lo), dtype=bool) for s in joined[owning_stages:]]
+    lo = np.concatenate([s.row_lo[owns] for s, owns in zip(joined, owners, strict=True)])
+    hi = np.concatenate([s.row_hi[owns] for s, owns in zip(joined, owners, strict=True)])
+    order = np.argsort(lo, kind="stable")
+    starts, stops = lo[order], hi[order]
+    calls = tuple(
+        tuple(_calls(segments, owns, starts, large_rows))
+        for segments, owns in zip(joined, owners, strict=True)
+    )
+    begins = np.concatenate([[True], starts[1:] != stops[:-1]])[: len(starts)]
+    ends = np.concatenate([starts[1:] != stops[:-1], [True]])[: len(starts)]
+    owned = zip(starts[begins].tolist(), stops[ends].tolist(), strict=True)
+    return Packed(calls, tuple(owned))
 
 
-def _join(segments: Sequence[Segment]) -> list[Segment]:
+def _join(segments: Segments) -> Segments:
     """Fewer, larger segments with the same pairs: joined along the keys, then along the rows."""
-    along_keys: list[Segment] = []
-    for s in sorted(segments, key=lambda s: (s.rows, s.keys)):
-        last = along_keys[-1] if along_keys else None
-        if last is not None and _continues_keys(last, s):
-            keys = last.keys[0], s.keys[1]
-            along_keys[-1] = Segment(s.rows, keys, s.window_size, last.diagonal or s.diagonal)
-        else:
-            along_keys.append(s)
-    along_rows: list[Segment] = []
-    for s in sorted(along_keys, key=lambda s: (s.keys[0], s.rows)):
-        last = along_rows[-1] if along_rows else None
-        if last is not None and _continues_rows(last, s):
-            rows = last.rows[0], s.rows[1]
-            along_rows[-1] = Segment(rows, s.keys, s.window_size, last.diagonal or s.diagonal)
-        else:
-            along_rows.append(s)
-    return along_rows
+    s = segments.at(
+        np.lexsort((segments.key_hi, segments.key_lo, segments.row_hi, segments.row_lo))
+    )
+    # The same rows see all keys of one segment and then those of the next, without a left limit.
+    continues = (
+        (s.row_lo[1:] == s.row_lo[:-1])
+        & (s.row_hi[1:] == s.row_hi[:-1])
+        & (s.key_lo[1:] == s.key_hi[:-1])
+        & (s.left[:-1] == -1)
+        & (s.right[:-1] == -1)
+        & (s.left[1:] == -1)
+    )
+    s = _merged(s, continues)
+    s = s.at(np.lexsort((s.row_hi, s.row_lo, s.key_lo)))
+    # The next rows under the same full or causal mask.
+    full = (s.left[1:] == -1) & (s.right[1:] == -1) & (s.key_hi[1:] == s.key_hi[:-1])
+    grown = s.key_hi[1:] - s.key_hi[:-1]
+    causal = (s.left[1:] == -1) & (s.right[1:] == 0) & (grown == s.row_hi[1:] - s.row_lo[1:])
+    continues = (
+        (s.row_lo[1:] == s.row_hi[:-1])
+        & (s.key_lo[1:] == s.key_lo[:-1])
+        & (s.left[1:] == s.left[:-1])
+        & (s.right[1:] == s.right[:-1])
+        & (full | causal)
+    )
+    return _merged(s, continues)
 
 
-def _continues_keys(last: Segment, s: Segment) -> bool:
-    """The same rows see all keys of ``last`` and then those of ``s``, without a left limit."""
-    touch = last.rows == s.rows and last.keys[1] == s.keys[0]
-    return touch and last.window_size == FULL and s.window_size[0] == -1
+def _merged(s: Segments, continues: Flags) -> Segments:
+    """Each segment that continues the one before it becomes one with it."""
+    if not continues.any():
+        return s
+    first = np.flatnonzero(np.concatenate([[True], ~continues]))
+    last = np.concatenate([first[1:], [len(s.row_lo)]]) - 1
+    return Segments(
+        s.row_lo[first],
+        s.row_hi[last],
+        s.key_lo[first],
+        s.key_hi[last],
+        s.left[last],
+        s.right[last],
+        np.logical_or.reduceat(s.diagonal, first),
+    )
 
 
-def _continues_rows(last: Segment, s: Segment) -> bool:
-    """The rows of ``s`` follow those of ``last`` under the same full or causal mask."""
-    touch = last.rows[1] == s.rows[0] and last.keys[0] == s.keys[0]
-    if not touch or last.window_size != s.window_size:
-        return False
-    if s.window_size == FULL:
-        return last.keys == s.keys
-    return s.window_size == CAUSAL and s.keys[1] - last.keys[1] == s.num_rows
+def _choose_owners(stages: Sequence[Segments]) -> list[Flags]:
+    """For each stage, which segments own their rows: no row has two owners.
+
+    Those whose rows are among their keys come first: under documents they are all rows. Then the
+    largest of what is left. A row without an owner gets 0, and what others add.
+    """
+    owners = [segments.diagonal.copy() for segments in stages]
+    diagonal = [segments.at(segments.diagonal) for segments in stages]
+    edges = sorted(
+        (lo, hi)
+        for s in diagonal
+        for lo, hi in zip(s.row_lo.tolist(), s.row_hi.tolist(), strict=True)
+    )
+    disjoint = all(b[0] >= a[1] for a, b in itertools.pairwise(edges))
+    if not disjoint:
+        for owns in owners:
+            owns[:] = False
+        edges = []
+    if disjoint and all(segments.diagonal.all() for segments in stages):
+        return owners
+    candidates = sorted(
+        (not is_diagonal, number, lo - hi, index, lo, hi)
+        for number, s in enumerate(stages)
+        for index, (lo, hi, is_diagonal) in enumerate(
+            zip(s.row_lo.tolist(), s.row_hi.tolist(), s.diagonal.tolist(), strict=True)
+        )
+        if not owners[number][index]
+    )
+    starts, stops = [lo for lo, _ in edges], [hi for _, hi in edges]
+    for _, number, _, index, lo, hi in candidates:
+        place = bisect_right(starts, lo)
+        free = (place == 0 or stops[place - 1] <= lo) and (
+            place == len(starts) or hi <= starts[place]
+        )
+        if free:
+            owners[number][index] = True
+            insort(starts, lo)
+            insort(stops, hi)
+    return owners
+
+
+def _calls(
+    segments: Segments, owners: Flags, owner_starts: Ints, large_rows: int | None
+) -> Iterator[KernelCall]:
+    """The calls of one stage."""
+    s = segments
+    if not len(s.row_lo):
+        return
+    order = np.lexsort((s.key_hi, s.key_lo, s.row_hi, s.row_lo, s.right, s.left, ~owners))
+    s, owns = s.at(order), owners[order]
+    groups = _group(s, owns, owner_starts, large_rows)
+    groups.sort(key=lambda group: (not owns[group[0]], s.row_lo[group[0]], s.key_lo[group[0]]))
+    for group in groups:
+        yield _call(s.at(group), bool(owns[group[0]]))
 
 
 def _group(
-    segments: Sequence[Segment], piece_starts: Sequence[int] | None, large_rows: int | None
-) -> list[list[Segment]]:
-    """Segments of one window that ascend in rows and keys, first fit.
+    s: Segments, owns: Flags, owner_starts: Ints, large_rows: int | None
+) -> list[NDArray[np.intp]]:
+    """Segments of one window that ascend in rows and keys.
 
     Rows between two segments of a call are computed for nothing, so there may be no more of them
-    than the two segments hold.
+    than the two segments hold. Those of a call that owns its rows must have no owner.
+
+    Segments that fit their neighbour make a run. A run goes to the first of the latest calls that
+    it fits, so this takes n log n steps.
     """
-
-    def fits(group: list[Segment], s: Segment) -> bool:
-        last = group[-1]
-        if (last.window_size, last.diagonal) != (s.window_size, s.diagonal):
-            return False
-        if large_rows is not None and min(last.num_rows, s.num_rows) >= large_rows:
-            return False
-        gap = s.rows[0] - last.rows[1]
-        if gap < 0 or s.keys[0] < last.keys[1]:
-            return False
-        if piece_starts is not None:
-            return bisect_left(piece_starts, last.rows[1]) == bisect_left(piece_starts, s.rows[0])
-        return gap <= last.num_rows + s.num_rows
-
-    groups: list[list[Segment]] = []
-    for s in sorted(segments, key=lambda s: (s.rows, s.keys)):
-        for group in groups:
-            if fits(group, s):
-                group.append(s)
+    rows = s.row_hi - s.row_lo
+    ends = _Ends(
+        kind=np.cumsum(
+            np.diff(s.left, prepend=s.left[:1]).astype(bool)
+            | np.diff(s.right, prepend=s.right[:1]).astype(bool)
+            | np.diff(owns, prepend=owns[:1])
+        ),
+        row_lo=s.row_lo,
+        row_hi=s.row_hi,
+        key_lo=s.key_lo,
+        key_hi=s.key_hi,
+        owners_begun=np.where(owns, np.searchsorted(owner_starts, s.row_lo), 0),
+        owners_ended=np.where(owns, np.searchsorted(owner_starts, s.row_hi), 0),
+        room=np.where(owns, FAR, rows),
+        small=np.full(len(rows), True) if large_rows is None else rows < large_rows,
+    )
+    before, after = (
+        _Ends(*(array[part] for array in ends)) for part in (slice(-1), slice(1, None))
+    )
+    edges = np.flatnonzero(np.concatenate([[True], ~_fits(before, after)])[: len(rows)]).tolist()
+    runs = list(zip(edges, [*edges[1:], len(rows)], strict=True))
+    one_by_one = [
+        _Ends(*values) for values in zip(*(array.tolist() for array in ends), strict=True)
+    ]
+    groups: list[list[Range]] = []
+    for run in runs:
+        for group in groups[-_OPEN_CALLS:]:
+            if _fits(one_by_one[group[-1][1] - 1], one_by_one[run[0]]):
+                group.append(run)
                 break
         else:
-            groups.append([s])
-    return groups
+            groups.append([run])
+    return [np.concatenate([np.arange(lo, hi) for lo, hi in group]) for group in groups]
 
 
-def _call(segments: Sequence[Segment]) -> KernelCall:
-    first, last = segments[0], segments[-1]
-    offsets_q, offsets_k = [first.rows[0]], [first.keys[0]]
-    for s in segments:
-        if s.rows[0] > offsets_q[-1]:  # rows that see none of these keys
-            offsets_q.append(s.rows[0])
-            offsets_k.append(offsets_k[-1])
-        if s.keys[0] > offsets_k[-1]:  # keys that none of these rows sees
-            offsets_q.append(offsets_q[-1])
-            offsets_k.append(s.keys[0])
-        offsets_q.append(s.rows[1])
-        offsets_k.append(s.keys[1])
+class _Ends(NamedTuple):
+    """What decides whether segments can follow each other in one call; arrays, or one segment.
+
+    Attributes:
+        kind: equal where window and ownership are.
+        row_lo, row_hi, key_lo, key_hi: of the segment.
+        owners_begun, owners_ended: how many owners begin before it, and before it ends; 0 if it
+            owns no rows.
+        room: how many rows without a segment it allows beside it.
+        small: not a call of its own.
+    """
+
+    kind: Any
+    row_lo: Any
+    row_hi: Any
+    key_lo: Any
+    key_hi: Any
+    owners_begun: Any
+    owners_ended: Any
+    room: Any
+    small: Any
+
+
+def _fits(last: _Ends, new: _Ends) -> Any:
+    """Whether ``new`` can follow ``last`` in one call."""
+    gap = new.row_lo - last.row_hi
+    return (
+        (last.kind == new.kind)
+        & (gap >= 0)
+        & (gap <= last.room + new.room)
+        & (last.owners_ended == new.owners_begun)
+        & (new.key_lo >= last.key_hi)
+        & (last.small | new.small)
+    )
+
+
+def _call(s: Segments, owns_rows: bool) -> KernelCall:
+    """One call for segments that ascend in rows and keys."""
+    row_before = np.concatenate([s.row_lo[:1], s.row_hi[:-1]])
+    key_before = np.concatenate([s.key_lo[:1], s.key_hi[:-1]])
+    there = np.ones((len(s.row_lo), 3), dtype=bool)
+    there[:, 0] = s.row_lo > row_before  # rows that see none of these keys
+    there[:, 1] = s.key_lo > key_before  # keys that none of these rows sees
+    ends_q = np.stack([s.row_lo, s.row_lo, s.row_hi], axis=1)[there]
+    ends_k = np.stack([key_before, s.key_lo, s.key_hi], axis=1)[there]
+    rows, keys = (int(s.row_lo[0]), int(s.row_hi[-1])), (int(s.key_lo[0]), int(s.key_hi[-1]))
     return KernelCall(
-        rows=(first.rows[0], last.rows[1]),
-        keys=(first.keys[0], last.keys[1]),
-        cu_seqlens_q=tuple(x - first.rows[0] for x in offsets_q),
-        cu_seqlens_k=tuple(x - first.keys[0] for x in offsets_k),
-        window_size=first.window_size,
-        owns_rows=first.diagonal,
+        rows=rows,
+        keys=keys,
+        cu_seqlens_q=np.concatenate([[0], ends_q - rows[0]]).astype(np.int32),
+        cu_seqlens_k=np.concatenate([[0], ends_k - keys[0]]).astype(np.int32),
+        window_size=(int(s.left[0]), int(s.right[0])),
+        owns_rows=owns_rows,
     )

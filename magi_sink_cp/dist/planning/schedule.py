@@ -1,10 +1,13 @@
 """Who needs which keys, when they travel, and which kernel calls use them.
 
-Words: a *document* is a half-open global token range. *Rows* and *keys* are local indices of a
-rank's tokens. A *piece* is the part of a document in one of a rank's ranges. A *stage* brings the
-keys of some ranks together in a *buffer*, in the order of the whole sequence, and computes with
-them, while the next stage's keys travel. The first stage is *local*: it reads the rank's own keys
-where they are, and nothing travels for it. *Step* s brings rank r the keys of rank (r - s) mod cp.
+Words: a *band* is a part of the mask (mask.py), for example a document under a window. *Rows* and
+*keys* are local indices of a rank's tokens. A *piece* is the part of a band in one of a rank's
+ranges. A *stage* brings the keys of some ranks together in a *buffer*, in the order of the whole
+sequence, and computes with them, while the next stage's keys travel. The first stage is *local*: it
+reads the rank's own keys where they are, and nothing travels for it. *Step* s brings rank r the
+keys of rank (r - s) mod cp.
+
+All of it is arrays over the pieces, or the messages, of all ranks at once.
 
 ``overlap_degree`` n > 0: the local stage computes all rows with the rank's own keys. The other
 steps come in n groups, one stage each. ``overlap_degree`` 0: one stage gathers all keys and
@@ -26,51 +29,19 @@ the keys within it travel: of each chunk at most the last ``left`` and the first
 
 from __future__ import annotations
 
-from bisect import bisect_left, bisect_right
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+import functools
+import itertools
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import NamedTuple
 
-from magi_sink_cp.dist.planning.exchange import Exchange, Message, Schedule, Stage
-from magi_sink_cp.dist.planning.layout import Range, RankRanges, intersection, num_tokens, union
-from magi_sink_cp.dist.planning.mask import (
-    Segment,
-    Window,
-    effective_window,
-    kernel_window,
-    reach,
-    visible_pairs,
-)
-from magi_sink_cp.dist.planning.packing import KernelCall, make_kernel_calls
-from magi_sink_cp.dist.planning.routes import add_routes
+import numpy as np
+from numpy.typing import NDArray
 
-
-def build_schedule(
-    layout: Sequence[RankRanges],
-    documents: Sequence[Range],
-    window_size: Window,
-    rank: int,
-    overlap_degree: int,
-    large_rows: int | None = None,
-    routed: bool = False,
-) -> Schedule:
-    """The schedule of ``rank``.
-
-    Args:
-        layout: global token ranges of each rank.
-        documents: sorted, disjoint, non-empty global ranges. Tokens outside them are padding.
-        window_size: (left, right) tokens that a query sees around itself in its document; -1 is
-            unlimited, right = 0 is causal.
-        overlap_degree: how many stages travel behind another one's computation; at most
-            cp_size - 1 count.
-        large_rows: neighbouring segments of so many rows are kernel calls of their own. Dense calls
-            are faster than packed ones (FlashAttention-4's by a sixth under a window of 128).
-        routed: add the routes of the exchanges. They need the schedules of all ranks.
-    """
-    sequence = _Sequence(layout, documents, window_size, large_rows)
-    if not routed:
-        return sequence.schedule(rank, overlap_degree)
-    schedules = [sequence.schedule(other, overlap_degree) for other in range(len(layout))]
-    return add_routes(schedules, rank)
+from magi_sink_cp.dist.planning.exchange import Exchange, Message, Route, Schedule, Stage
+from magi_sink_cp.dist.planning.layout import Places, RankRanges, num_tokens, places
+from magi_sink_cp.dist.planning.mask import FAR, Bands, Ints, band_pairs, overlaps
+from magi_sink_cp.dist.planning.packing import Flags, Segments, pack
 
 
 @dataclass(frozen=True)
@@ -88,237 +59,447 @@ class Share:
     alone_pairs: int
 
 
-def typical_share(
-    layout: Sequence[RankRanges], documents: Sequence[Range], window_size: Window
-) -> Share:
-    """The mean over the ranks of what travels, and the smallest alone_pairs.
+class _Pieces(NamedTuple):
+    """Pieces of bands (global), in the order of ranks and rows.
 
-    The smallest, as the rank with least to compute meanwhile waits longest for its keys.
-    """
-    sequence = _Sequence(layout, documents, window_size)
-    shares = [sequence.share(rank) for rank in range(len(layout))]
-    return Share(
-        sum(share.remote_keys for share in shares) // len(shares),
-        sum(share.remote_rows for share in shares) // len(shares),
-        min(share.alone_pairs for share in shares),
-    )
-
-
-def rank_pairs(
-    layout: Sequence[RankRanges], documents: Sequence[Range], window_size: Window, rank: int
-) -> int:
-    """Visible (query, key) pairs of the rank's rows, over all keys of the sequence."""
-    return _Sequence(layout, documents, window_size).pairs(rank)
-
-
-@dataclass(frozen=True)
-class _Piece:
-    """A document's rows (global) in one of a rank's ranges.
-
-    ``start`` is the local index of the first row; ``keys`` (global) are what the rows see.
+    Attributes:
+        rank: who holds the rows.
+        row_lo, row_hi: the rows that see something.
+        start: local index of the first row.
+        key_lo, key_hi: what the rows see.
+        lo, hi: of the band.
     """
 
-    rows: Range
-    start: int
-    keys: Range
+    rank: Ints
+    row_lo: Ints
+    row_hi: Ints
+    start: Ints
+    key_lo: Ints
+    key_hi: Ints
+    lo: Ints
+    hi: Ints
+
+    def at(self, index: Flags | Ints) -> _Pieces:
+        return _Pieces(*(array[index] for array in self))
+
+    def pairs(self) -> Ints:
+        """Visible pairs of each piece."""
+        return band_pairs(Bands(*self[1:3], *self[4:]))
 
 
-class _Sequence:
-    """The whole sequence under one mask, seen from any rank."""
+class _Arrivals(NamedTuple):
+    """Keys that a rank sees, by the ranges of those who hold them; in the order of ranks and keys.
 
-    def __init__(
-        self,
-        layout: Sequence[RankRanges],
-        documents: Sequence[Range],
-        window_size: Window,
-        large_rows: int | None = None,
-    ) -> None:
+    Attributes:
+        target: who sees them.
+        source: who holds them; maybe the target itself.
+        lo: the first token (global).
+        size: how many they are.
+        start: local index of the first one at the source.
+        step: (target - source) mod cp; 0 for own keys.
+    """
+
+    target: Ints
+    source: Ints
+    lo: Ints
+    size: Ints
+    start: Ints
+    step: Ints
+
+    def at(self, index: Flags | Ints) -> _Arrivals:
+        return _Arrivals(*(array[index] for array in self))
+
+
+class Mask:
+    """A mask over a layout, seen from any rank. What all schedules share is computed once.
+
+    Attributes:
+        cp_size: ranks.
+        local_tokens: tokens of the first rank, padding included.
+        most_ranges: of the layout on any rank.
+        num_bands: of the mask.
+    """
+
+    def __init__(self, layout: Sequence[RankRanges], bands: Bands) -> None:
+        self.cp_size = len(layout)
+        self.local_tokens = num_tokens(layout[0]) if layout else 0
+        self.most_ranges = max(map(len, layout), default=0)
+        self.num_bands = len(bands.lo)
         self._layout = layout
-        self._large_rows = large_rows
-        self._documents = documents
-        self._starts = [lo for lo, _ in documents]
-        self._window = effective_window(window_size, documents)
-        self._pieces_of: dict[int, list[_Piece]] = {}
-        self._seen_by: dict[int, RankRanges] = {}
+        self._places = places(layout)
+        self._bands = bands
+        self._pieces = _find_pieces(self._places, bands)
+        self._own = _OwnTokens(self._places)
+        self._arrivals = self._find_arrivals()
+        self._buffers: dict[int, tuple[int, int]] = {}
 
-    def schedule(self, rank: int, overlap_degree: int) -> Schedule:
-        """The schedule of ``rank``, without routes."""
-        cp_size = len(self._layout)
-        if overlap_degree == 0 and cp_size > 1:
-            alone, gathered = self._split_by_need(rank)
-            local = self._local_stage(rank, alone)
-            return Schedule((local, self._travelling_stage(rank, 1, range(cp_size), gathered)))
-        pieces = self._pieces(rank)
-        stages = [self._local_stage(rank, pieces)]
-        groups = min(overlap_degree, cp_size - 1)
-        for group in range(groups):
-            first = 1 + (cp_size - 1) * group // groups
-            last = 1 + (cp_size - 1) * (group + 1) // groups
-            steps = range(first, last)
-            stages.append(self._travelling_stage(rank, 1 + group, steps, pieces))
-        return Schedule(tuple(stages))
+    def schedule(
+        self, rank: int, overlap_degree: int, large_rows: int | None = None, routed: bool = False
+    ) -> Schedule:
+        """The schedule of ``rank``.
 
-    def _local_stage(self, rank: int, pieces: Sequence[_Piece]) -> Stage:
-        """The stage of ``pieces`` over the rank's own keys."""
-        own_ranges = union(self._layout[rank])
-        calls = self._calls(rank, pieces, own_ranges, _to_local(self._layout[rank]), owns=True)
-        size = num_tokens(self._layout[rank])
-        cast = Exchange("group_cast of stage 0", (), (), size)
-        return Stage(True, calls, cast, (), Exchange("group_reduce of stage 0", (), (), 0))
-
-    def _travelling_stage(
-        self, rank: int, number: int, steps: range, pieces: Sequence[_Piece]
-    ) -> Stage:
-        """Stage ``number``: ``pieces`` of ``rank`` over the keys that ``steps`` bring.
-
-        Step 0 stands for own keys, which are copied beside the others'.
+        Args:
+            overlap_degree: how many stages travel behind another one's computation; at most
+                cp_size - 1 count.
+            large_rows: as in :func:`~magi_sink_cp.dist.planning.packing.pack`.
+            routed: add the routes of the exchanges.
         """
-        cp_size = len(self._layout)
-        to_local = _to_local(self._layout[rank])
-        sources = [(rank - step) % cp_size for step in steps]
-        seen = union([piece.keys for piece in pieces])
-        arrivals = sorted(
-            (tokens, source)
-            for source in sources
-            for tokens in intersection(seen, self._layout[source])
-        )
-        buffer = [tokens for tokens, _ in arrivals]
-        to_buffer = _to_local(buffer)
-        own = [(to_local(t), to_buffer(t)) for t, source in arrivals if source == rank]
-        receives = [Message(source, to_buffer(t)) for t, source in arrivals if source != rank]
-        sends, homeward = self._sends(rank, [(rank + step) % cp_size for step in steps])
-        calls = self._calls(rank, pieces, union(buffer), to_buffer, owns=0 in steps)
-        homeward_tokens = homeward[-1].tokens[1] if homeward else 0
-        return Stage(
-            local=False,
-            calls=calls,
-            cast=Exchange(
-                f"group_cast of stage {number}", tuple(sends), tuple(receives), num_tokens(buffer)
-            ),
-            own=tuple(own),
-            reduce=Exchange(
-                f"group_reduce of stage {number}", tuple(receives), tuple(homeward), homeward_tokens
-            ),
-        )
+        pieces = self._pieces.at(self._pieces.rank == rank)
+        own = self._places.of(rank)
+        if self.cp_size == 1:
+            return self._put_together(rank, [], [_segments(pieces, own)], 1, large_rows)
+        traffic = self._traffic(overlap_degree)
+        if traffic.degree == 0:
+            alone = self._own.within(pieces) == pieces.key_hi - pieces.key_lo
+            local, travelling = pieces.at(alone), pieces.at(~alone)
+        else:
+            local = travelling = pieces
+        stages = traffic.of(rank, routed)
+        segments = [_segments(local, own)]
+        segments += [_segments(travelling, buffer) for _, buffer in stages]
+        # The first stage sees every row, so that dsink can be reduced behind the others.
+        owning = 1 if traffic.degree else 2
+        return self._put_together(rank, [s for s, _ in stages], segments, owning, large_rows)
 
-    def _sends(self, rank: int, targets: Sequence[int]) -> tuple[list[Message], list[Message]]:
-        """What ``rank`` sends to ``targets``, and where their gradients for it arrive."""
-        to_local = _to_local(self._layout[rank])
-        sends: list[Message] = []
-        homeward: list[Message] = []
-        place = 0
-        for target in targets:
-            if target == rank:
-                continue
-            for tokens in intersection(self._seen(target), self._layout[rank]):
-                size = tokens[1] - tokens[0]
-                sends.append(Message(target, to_local(tokens)))
-                homeward.append(Message(target, (place, place + size)))
-                place += size
-        return sends, homeward
-
-    def _calls(
+    def _put_together(
         self,
         rank: int,
-        pieces: Sequence[_Piece],
-        key_ranges: RankRanges,
-        to_buffer: Callable[[Range], Range],
-        owns: bool,
-    ) -> tuple[KernelCall, ...]:
-        """The kernel calls of ``pieces`` over the keys of ``key_ranges``."""
-        segments = list(self._segments(pieces, key_ranges, to_buffer))
-        starts = [piece.start for piece in self._pieces(rank)] if owns else None
-        return make_kernel_calls(segments, starts, self._large_rows)
+        travelling: Sequence[Stage],
+        segments: Sequence[Segments],
+        owning_stages: int,
+        large_rows: int | None,
+    ) -> Schedule:
+        packed = pack(segments, owning_stages, large_rows)
+        cast = Exchange("group_cast of stage 0", (), (), num_tokens(self._layout[rank]))
+        reduce = Exchange("group_reduce of stage 0", (), (), 0)
+        stages = [Stage(True, (), cast, (), reduce), *travelling]
+        return Schedule(
+            tuple(
+                replace(stage, calls=calls)
+                for stage, calls in zip(stages, packed.stages, strict=True)
+            ),
+            packed.owned,
+        )
 
-    def _segments(
-        self,
-        pieces: Sequence[_Piece],
-        key_ranges: RankRanges,
-        to_buffer: Callable[[Range], Range],
-    ) -> Iterator[Segment]:
-        """Rows × keys of every piece and every key range of which it sees something."""
-        left, right = self._window
-        for piece in pieces:
-            for visible in intersection(key_ranges, (piece.keys,)):
-                diagonal = visible[0] <= piece.rows[0] and piece.rows[1] <= visible[1]
-                rows = reach(piece.rows, visible, right, left)
-                keys = reach(visible, rows, left, right)
-                if rows[0] >= rows[1] or keys[0] >= keys[1]:
-                    continue
-                window = kernel_window(rows, keys, self._window, diagonal)
-                start = piece.start + rows[0] - piece.rows[0]
-                local_rows = start, start + rows[1] - rows[0]
-                yield Segment(local_rows, to_buffer(keys), window, diagonal)
+    def share(self) -> Share:
+        """The mean over the ranks of what travels, and the smallest alone_pairs.
 
-    def pairs(self, rank: int) -> int:
-        """Visible pairs of the rank's rows."""
-        whole = (0, max((hi for _, hi in self._documents), default=0))
-        segments = self._segments(self._pieces(rank), (whole,), lambda keys: keys)
-        return sum(visible_pairs(s.num_rows, s.num_keys, *s.window_size) for s in segments)
+        The smallest, as the rank with least to compute meanwhile waits longest for its keys.
+        """
+        pieces, arrivals = self._pieces, self._arrivals
+        alone = self._own.within(pieces) == pieces.key_hi - pieces.key_lo
+        pairs = np.bincount(
+            pieces.rank[alone], pieces.pairs()[alone].astype(float), minlength=self.cp_size
+        )
+        return Share(
+            int(arrivals.size[arrivals.step > 0].sum()) // self.cp_size,
+            int(self._own.waiting_rows(pieces).sum()) // self.cp_size,
+            int(pairs.min()),
+        )
 
-    def _split_by_need(self, rank: int) -> tuple[list[_Piece], list[_Piece]]:
-        """The rank's pieces: those that see own keys alone, and those that wait for others'."""
-        own_ranges = union(self._layout[rank])
-        alone: list[_Piece] = []
-        gathered: list[_Piece] = []
-        for piece in self._pieces(rank):
-            seen_here = num_tokens(intersection(own_ranges, (piece.keys,)))
-            all_here = seen_here == piece.keys[1] - piece.keys[0]
-            (alone if all_here else gathered).append(piece)
-        return alone, gathered
+    def pairs(self, rank: int | None = None) -> int:
+        """Visible pairs of the rank's rows, or of all."""
+        if rank is None:
+            return int(band_pairs(self._bands).sum())
+        return int(self._pieces.at(self._pieces.rank == rank).pairs().sum())
 
-    def share(self, rank: int) -> Share:
-        """What of the sequence concerns ``rank``."""
-        left, right = self._window
-        own_ranges, rows = union(self._layout[rank]), 0
-        for piece in self._pieces(rank):
-            held = [end for t in intersection(own_ranges, (piece.keys,)) for end in t]
-            ends = [piece.keys[0], *held, piece.keys[1]]
-            gaps = zip(ends[::2], ends[1::2], strict=True)
-            rows += num_tokens(
-                union([reach(piece.rows, t, right, left) for t in gaps if t[0] < t[1]])
+    def buffers(self, overlap_degree: int) -> tuple[int, int]:
+        """Tokens of the largest buffer of any rank and stage: for keys, and for gradients."""
+        degree = min(overlap_degree, self.cp_size - 1)
+        if degree not in self._buffers:
+            self._buffers[degree] = self._largest_buffers(degree) if self.cp_size > 1 else (0, 0)
+        return self._buffers[degree]
+
+    def _largest_buffers(self, degree: int) -> tuple[int, int]:
+        stages = max(1, degree)
+        target, source, tokens = self._tokens_between
+        step = (target - source) % self.cp_size
+        stage = _stage_of_step(self.cp_size, degree)[step]
+        travels = step > 0
+        arrives = travels if degree else slice(None)
+        cast = np.bincount((target * stages + stage)[arrives], tokens[arrives])
+        reduce = np.bincount((source * stages + stage)[travels], tokens[travels])
+        return int(cast.max(initial=0)), int(reduce.max(initial=0))
+
+    @functools.cached_property
+    def _tokens_between(self) -> tuple[Ints, Ints, NDArray[np.float64]]:
+        """(target, source, tokens) for all pairs of ranks of which one sees keys of the other."""
+        a = self._arrivals
+        pair, at = np.unique(a.target * self.cp_size + a.source, return_inverse=True)
+        tokens = np.bincount(at, a.size).astype(np.float64)
+        return pair // self.cp_size, pair % self.cp_size, tokens
+
+    def _traffic(self, overlap_degree: int) -> _Traffic:
+        degree = min(overlap_degree, self.cp_size - 1)
+        arrivals = self._remote if degree else self._arrivals
+        return _Traffic(arrivals, self.cp_size, degree, self.buffers(degree))
+
+    @functools.cached_property
+    def _remote(self) -> _Arrivals:
+        """The arrivals that travel."""
+        return self._arrivals.at(self._arrivals.step > 0)
+
+    def _find_arrivals(self) -> _Arrivals:
+        """What every rank sees, cut where its holder changes."""
+        p = self._pieces
+        span = int(self._places.hi.max(initial=0)) + 1  # apart: the ranks' tokens
+        order = np.argsort(p.rank * span + p.key_lo, kind="stable")
+        lo, hi = (p.rank * span + edge for edge in (p.key_lo, p.key_hi))
+        lo, hi = lo[order], hi[order]
+        reach = np.maximum.accumulate(hi)
+        begins = np.concatenate([[True], lo[1:] > reach[:-1]])[: len(lo)]
+        first = np.flatnonzero(begins)
+        last = np.concatenate([first[1:], [len(lo)]])[: len(first)] - 1
+        target = p.rank[order][first]
+        lo, hi = lo[first] - target * span, reach[last] - target * span
+        seen, at = overlaps(lo, hi, self._places.lo, self._places.hi)
+        start, stop = (
+            np.maximum(lo[seen], self._places.lo[at]),
+            np.minimum(hi[seen], self._places.hi[at]),
+        )
+        target, source = target[seen], self._places.rank[at]
+        place = self._places.start[at] + start - self._places.lo[at]
+        step = (target - source) % self.cp_size
+        return _Arrivals(target, source, start, stop - start, place, step)
+
+
+def _find_pieces(held: Places, bands: Bands) -> _Pieces:
+    """All pieces of all ranks."""
+    # Rows that see something, and what these see.
+    q_lo = np.maximum(bands.q_lo, bands.k_lo - bands.hi)
+    q_hi = np.minimum(bands.q_hi, bands.k_hi - bands.lo)
+    q_hi = np.where(bands.lo > bands.hi, q_lo, q_hi)
+    band, place = overlaps(q_lo, q_hi, held.lo, held.hi)
+    row_lo = np.maximum(q_lo[band], held.lo[place])
+    row_hi = np.minimum(q_hi[band], held.hi[place])
+    pieces = _Pieces(
+        held.rank[place],
+        row_lo,
+        row_hi,
+        held.start[place] + row_lo - held.lo[place],
+        np.maximum(bands.k_lo[band], row_lo + bands.lo[band]),
+        np.minimum(bands.k_hi[band], row_hi + bands.hi[band]),
+        bands.lo[band],
+        bands.hi[band],
+    )
+    pieces = pieces.at(pieces.key_lo < pieces.key_hi)
+    return pieces.at(np.lexsort((pieces.row_lo, pieces.rank)))
+
+
+class _OwnTokens:
+    """Which tokens a rank holds itself, for many ranks at once."""
+
+    def __init__(self, held: Places) -> None:
+        order = np.argsort(held.rank, kind="stable")
+        self._held = Places(*(array[order] for array in held))
+        self._span = int(held.hi.max(initial=0)) + 1
+        self._keys = self._held.rank * self._span + self._held.lo
+
+    def _before(self, rank: Ints, token: Ints) -> tuple[Ints, Ints]:
+        """How many tokens before ``token`` the rank holds; and its last range that begins there."""
+        index = np.searchsorted(self._keys, rank * self._span + token, side="right") - 1
+        index = np.where((index >= 0) & (self._held.rank[index] == rank), index, -1)
+        inside = np.minimum(token, self._held.hi[index]) - self._held.lo[index]
+        return np.where(index < 0, 0, self._held.start[index] + inside), index
+
+    def within(self, pieces: _Pieces) -> Ints:
+        """How many of each piece's keys its rank holds."""
+        if not len(pieces.rank):
+            return pieces.rank
+        return (
+            self._before(pieces.rank, pieces.key_hi)[0]
+            - self._before(pieces.rank, pieces.key_lo)[0]
+        )
+
+    def waiting_rows(self, pieces: _Pieces) -> Ints:
+        """How many rows of each piece see keys that travel, between the first and the last."""
+        if not len(pieces.rank):
+            return pieces.rank
+        p, held = pieces, self._held
+        # The range that holds the rows, and those that hold the first and the last key, if any.
+        _, rows_at = self._before(p.rank, p.row_lo)
+        _, first_at = self._before(p.rank, p.key_lo)
+        _, last_at = self._before(p.rank, p.key_hi - 1)
+        first_own = (first_at >= 0) & (held.hi[first_at] > p.key_lo)
+        first = np.where(first_own, held.hi[first_at], p.key_lo)
+        last_own = (last_at >= 0) & (held.hi[last_at] > p.key_hi - 1)
+        last = np.where(last_own, held.lo[last_at], p.key_hi)
+
+        def rows_of(lo: Ints, hi: Ints) -> tuple[Ints, Ints]:  # that see keys [lo, hi)
+            start, stop = np.maximum(p.row_lo, lo - p.hi), np.minimum(p.row_hi, hi - p.lo)
+            return start, np.where(lo < hi, np.maximum(start, stop), start)
+
+        one, one_end = rows_of(first, np.minimum(p.key_hi, held.lo[rows_at]))
+        two, two_end = rows_of(np.maximum(p.key_lo, held.hi[rows_at]), last)
+        both = np.maximum(0, np.minimum(one_end, two_end) - np.maximum(one, two))
+        return (one_end - one) + (two_end - two) - both
+
+
+class _Traffic:
+    """The messages of all ranks in the stages of one overlap_degree.
+
+    Stages that travel are counted from 0 here.
+    """
+
+    def __init__(
+        self, arrivals: _Arrivals, cp_size: int, degree: int, largest: tuple[int, int]
+    ) -> None:
+        """``arrivals``: all of degree 0, else those that travel. ``largest``: Mask.buffers."""
+        self.degree = degree
+        self._cp_size = cp_size
+        self._num_stages = max(1, degree)
+        self._arrivals = arrivals
+        self._largest = largest
+        self._stage = _stage_of_step(cp_size, degree)[arrivals.step]
+
+    @functools.cached_property
+    def _cast_places(self) -> Ints:
+        """For each arrival, where it stands in the buffer of its target's stage."""
+        a = self._arrivals
+        group = a.target * self._num_stages + self._stage
+        if self._num_stages == 1:
+            return _offsets_of_groups(group, a.size)
+        order = np.argsort(group, kind="stable")
+        places = np.empty_like(group)
+        places[order] = _offsets_of_groups(group[order], a.size[order])
+        return places
+
+    @functools.cached_property
+    def _reduce_places(self) -> Ints:
+        """For each arrival, where its gradients stand in the buffer of its source's stage."""
+        a = self._arrivals
+        order = np.argsort(a.source * self._cp_size + a.step, kind="stable")
+        group = (a.source * self._num_stages + self._stage)[order]
+        size = np.where(a.step > 0, a.size, 0)[order]
+        places = np.empty_like(size)
+        places[order] = _offsets_of_groups(group, size)
+        return places
+
+    def of(self, rank: int, routed: bool) -> list[tuple[Stage, Places]]:
+        """The travelling stages of a rank, without calls, and what stands in their buffers."""
+        a = self._arrivals
+        travels = a.step > 0
+        into = np.flatnonzero(a.target == rank)
+        sent = np.flatnonzero((a.source == rank) & travels)
+        sent = sent[np.argsort(a.step[sent], kind="stable")]
+        slots = min(2, self._num_stages)
+        cast_tokens, reduce_tokens = self._largest
+        parts = (cast_tokens,) * slots + (reduce_tokens,) * slots
+
+        def route(places: Ints, number: int, first_part: int) -> Route | None:
+            if not routed:
+                return None
+            return Route(tuple(places.tolist()), parts, number % slots + first_part)
+
+        def stage(number: int, into: Ints, sent: Ints) -> tuple[Stage, Places]:
+            received, own = into[travels[into]], into[~travels[into]]
+            arriving = self._cast_places[into]
+            receives = _messages(a.source[received], self._cast_places[received], a.size[received])
+            sends = _messages(a.target[sent], a.start[sent], a.size[sent])
+            homeward = _messages(a.target[sent], self._reduce_places[sent], a.size[sent])
+            cast = Exchange(
+                f"group_cast of stage {number + 1}",
+                sends,
+                receives,
+                int(a.size[into].sum()),
+                route(self._cast_places[sent], number, 0),
             )
-        seen = self._seen(rank)
-        remote_keys = num_tokens(seen) - num_tokens(intersection(own_ranges, seen))
-        alone, _ = self._split_by_need(rank)
-        segments = self._segments(alone, own_ranges, lambda keys: keys)
-        pairs = sum(visible_pairs(s.num_rows, s.num_keys, *s.window_size) for s in segments)
-        return Share(remote_keys, rows, pairs)
+            reduce = Exchange(
+                f"group_reduce of stage {number + 1}",
+                receives,
+                homeward,
+                int(a.size[sent].sum()),
+                route(self._reduce_places[received], number, slots),
+            )
+            copies = zip(
+                _ranges(a.start[own], a.size[own]),
+                _ranges(self._cast_places[own], a.size[own]),
+                strict=True,
+            )
+            buffer = Places(a.lo[into], a.lo[into] + a.size[into], a.source[into], arriving)
+            return Stage(False, (), cast, tuple(copies), reduce), buffer
 
-    def _seen(self, rank: int) -> RankRanges:
-        """All keys that the rank sees."""
-        if rank not in self._seen_by:
-            self._seen_by[rank] = union([piece.keys for piece in self._pieces(rank)])
-        return self._seen_by[rank]
+        parts_of_into, parts_of_sent = self._by_stage(into), self._by_stage(sent)
+        numbers = range(self._num_stages)
+        return [stage(*each) for each in zip(numbers, parts_of_into, parts_of_sent, strict=True)]
 
-    def _pieces(self, rank: int) -> list[_Piece]:
-        """The rows of each document in each of the rank's ranges, in order."""
-        if rank in self._pieces_of:
-            return self._pieces_of[rank]
-        left, right = self._window
-        pieces, base = [], 0
-        for lo, hi in self._layout[rank]:
-            first = max(0, bisect_right(self._starts, lo) - 1)
-            for document in self._documents[first : bisect_left(self._starts, hi)]:
-                rows = max(lo, document[0]), min(hi, document[1])
-                if rows[0] < rows[1]:
-                    keys = reach(document, rows, left, right)
-                    pieces.append(_Piece(rows, base + rows[0] - lo, keys))
-            base += hi - lo
-        self._pieces_of[rank] = pieces
-        return pieces
+    def _by_stage(self, index: Ints) -> list[Ints]:
+        """The messages ``index`` of each stage, in their order."""
+        stage = self._stage[index]
+        order = np.argsort(stage, kind="stable")
+        edges = np.searchsorted(stage[order], np.arange(self._num_stages + 1)).tolist()
+        return [index[order[lo:hi]] for lo, hi in itertools.pairwise(edges)]
 
 
-def _to_local(ranges: Sequence[Range]) -> Callable[[Range], Range]:
-    """Maps a part of the sorted ``ranges`` to its place where they stand back to back."""
-    starts, bases, base = [lo for lo, _ in ranges], [], 0
-    for lo, hi in ranges:
-        bases.append(base)
-        base += hi - lo
+def _stage_of_step(cp_size: int, degree: int) -> Ints:
+    """Which travelling stage, counted from 0, brings the keys of each step. Own keys (step 0) are
+    in the first.
+    """
+    if degree == 0:
+        return np.zeros(cp_size, dtype=np.int64)
+    first = 1 + (cp_size - 1) * np.arange(1, degree + 1) // degree
+    return np.searchsorted(first, np.arange(cp_size), side="right")
 
-    def place(tokens: Range) -> Range:
-        index = bisect_right(starts, tokens[0]) - 1
-        shift = bases[index] - starts[index]
-        return tokens[0] + shift, tokens[1] + shift
 
-    return place
+def _offsets_of_groups(group: Ints, size: Ints) -> Ints:
+    """For each of the items, whose groups ascend, the sizes of the items before it in its group."""
+    stops = np.cumsum(size)
+    starts = stops - size
+    first = np.flatnonzero(np.diff(group, prepend=-1))
+    counts = np.diff(np.append(first, len(group)))
+    return starts - np.repeat(starts[first], counts)
+
+
+def _ranges(start: Ints, size: Ints) -> list[tuple[int, int]]:
+    return list(zip(start.tolist(), (start + size).tolist(), strict=True))
+
+
+def _messages(peer: Ints, start: Ints, size: Ints) -> tuple[Message, ...]:
+    return tuple(map(Message, peer.tolist(), _ranges(start, size)))
+
+
+def _segments(pieces: _Pieces, held: Places) -> Segments:
+    """Rows × keys of every piece and every range of ``held`` of which it sees something."""
+    held = _joined(held)
+    piece, place = overlaps(pieces.key_lo, pieces.key_hi, held.lo, held.hi)
+    p = pieces.at(piece)
+    seen_lo = np.maximum(p.key_lo, held.lo[place])
+    seen_hi = np.minimum(p.key_hi, held.hi[place])
+    diagonal = (seen_lo <= p.row_lo) & (p.row_hi <= seen_hi)
+    row_lo = np.maximum(p.row_lo, seen_lo - p.hi)
+    row_hi = np.minimum(p.row_hi, seen_hi - p.lo)
+    key_lo = np.maximum(seen_lo, row_lo + p.lo)
+    key_hi = np.minimum(seen_hi, row_hi + p.hi)
+    there = (row_lo < row_hi) & (key_lo < key_hi)
+    left, right = _kernel_window(row_lo, row_hi, key_lo, key_hi, p.lo, p.hi, diagonal)
+    start = p.start + row_lo - p.row_lo
+    place_lo = held.start[place] + key_lo - held.lo[place]
+    return Segments(
+        start, start + row_hi - row_lo, place_lo, place_lo + key_hi - key_lo, left, right, diagonal
+    ).at(there)
+
+
+def _kernel_window(
+    row_lo: Ints, row_hi: Ints, key_lo: Ints, key_hi: Ints, lo: Ints, hi: Ints, diagonal: Flags
+) -> tuple[Ints, Ints]:
+    """The kernels' windows for global rows × keys of bands.
+
+    Off the diagonal, a limit that hides no pair is left out, so that more segments share a call.
+    """
+    shift = key_hi - row_hi
+    left, right = shift - lo, hi - shift
+    left_hides = (lo > -FAR) & (diagonal | (left < key_hi - key_lo - 1))
+    right_hides = (hi < FAR) & (diagonal | (right < row_hi - row_lo - 1))
+    return np.where(left_hides, left, -1), np.where(right_hides, right, -1)
+
+
+def _joined(held: Places) -> Places:
+    """Neighbours in the sequence that are neighbours in memory too become one range."""
+    touch = (held.lo[1:] == held.hi[:-1]) & (
+        held.start[1:] == held.start[:-1] + held.hi[:-1] - held.lo[:-1]
+    )
+    if not touch.any():
+        return held
+    first = np.flatnonzero(np.concatenate([[True], ~touch]))
+    last = np.concatenate([first[1:], [len(held.lo)]]) - 1
+    return Places(held.lo[first], held.hi[last], held.rank[first], held.start[first])

@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from torch import Tensor
 
 from magi_sink_cp.dist.planning.exchange import Exchange
-from magi_sink_cp.dist.planning.layout import Range
+from magi_sink_cp.dist.planning.mask import Range
 
 # (tokens of the tensors that are sent, tokens of the buffers) that a rank copies for itself.
 OwnCopies = Sequence[tuple[Range, Range]]

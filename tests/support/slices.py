@@ -1,0 +1,34 @@
+"""Mask slices: how tests draw them, and what they mean pair by pair."""
+
+from __future__ import annotations
+
+import itertools
+
+import torch
+from hypothesis import strategies as st
+
+KINDS = st.sampled_from(["full", "causal", "inv_causal", "bi_causal"])
+
+
+@st.composite
+def slices_of(draw, total: int):
+    """Slices that share no pair: rectangles of a grid, with any type."""
+    q_cuts = sorted({0, total, *draw(st.lists(st.integers(0, total), max_size=3))})
+    found = []
+    for q in itertools.pairwise(q_cuts):
+        k_cuts = sorted(set(draw(st.lists(st.integers(0, total), max_size=4))))
+        for k in itertools.pairwise(k_cuts):
+            if draw(st.booleans()):
+                found.append((q, k, draw(KINDS)))
+    return draw(st.permutations(found))
+
+
+def dense(slices, total: int) -> torch.Tensor:
+    """MagiAttention's definition, pair by pair."""
+    mask = torch.zeros(total, total, dtype=torch.int64)
+    for (q0, q1), (k0, k1), kind in slices:
+        for q, k in itertools.product(range(q0, q1), range(k0, k1)):
+            before = kind not in ("causal", "bi_causal") or k1 - k >= q1 - q
+            behind = kind not in ("inv_causal", "bi_causal") or k - k0 >= q - q0
+            mask[q, k] += before and behind
+    return mask
