@@ -23,6 +23,7 @@ from magi_sink_cp.drop_in.fa4 import fa4_func_with_sink, fa4_varlen_func_with_si
 from magi_sink_cp.kernels.backends.registry import BackendInfo, backends, set_fallback
 from magi_sink_cp.module import SinkAttention
 from magi_sink_cp.ops import flops as _flops  # noqa: F401 (registers the formulas)
+from magi_sink_cp.prefetch import prefetch_plans
 
 __version__ = "0.1.0"
 
@@ -49,5 +50,6 @@ __all__ = [
     "make_cp_blueprint",
     "make_cp_plan",
     "masks",
+    "prefetch_plans",
     "set_fallback",
 ]

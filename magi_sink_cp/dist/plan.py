@@ -17,13 +17,8 @@ from torch.distributed import ProcessGroup
 from torch.distributed.device_mesh import DeviceMesh
 
 from magi_sink_cp.dist.bookkeeping import plain_tensors, upload
-from magi_sink_cp.dist.guard.agreement import (
-    Agreement,
-    GroupRef,
-    agree,
-    backends_of,
-    group_device,
-)
+from magi_sink_cp.dist.guard.agreement import GroupRef, agree, backends_of, group_device
+from magi_sink_cp.dist.guard.late import Agreement, group_agreement
 from magi_sink_cp.dist.guard.watchdog import ON_HANG, set_on_hang
 from magi_sink_cp.dist.planning.blueprint import CPBlueprint, PlanInput, make_blueprint
 from magi_sink_cp.dist.planning.layout import LAYOUTS
@@ -141,9 +136,9 @@ def make_cp_plan(
             differ. A ``group`` that is no group of this rank raises on this rank alone.
         RuntimeError: transport="symm_mem", and it cannot be set up. The text says why.
     """
-    process_group = _process_group(group)
-    rank = 0 if process_group is None else dist.get_rank(process_group)
-    cp_size = 1 if process_group is None else dist.get_world_size(process_group)
+    cp_group = process_group(group)
+    rank = 0 if cp_group is None else dist.get_rank(cp_group)
+    cp_size = 1 if cp_group is None else dist.get_world_size(cp_group)
     try:
         if isinstance(total_tokens, CPBlueprint):
             blueprint = total_tokens
@@ -153,22 +148,22 @@ def make_cp_plan(
         else:
             what = _check_arguments(total_tokens, cu_seqlens, mask_slices, position_ids, layout)
             blueprint = make_blueprint(what, cp_size, rank)
-        check_transport(transport, process_group)
+        check_transport(transport, cp_group)
         if not isinstance(on_hang, str) or on_hang not in ON_HANG:
             raise ValueError(f"on_hang must be one of {ON_HANG}, got {on_hang!r}")
     except Exception as error:
-        if process_group is not None:
-            agree(error, process_group, "make_cp_plan")
+        if cp_group is not None:
+            report_error(error, cp_group)
         raise
-    if process_group is None:
+    if cp_group is None:
         device = _device_without_group(cu_seqlens)
     else:
-        device = group_device(process_group)
+        device = group_device(cp_group)
         if device.type == "cuda":
-            set_on_hang(process_group, on_hang)
-        _agree_on_plan(process_group, blueprint, transport)
-    chosen = choose_transport(transport, process_group)
-    return CPPlan(blueprint, process_group, device, chosen)
+            set_on_hang(cp_group, on_hang)
+        _agree_on_plan(cp_group, blueprint, transport)
+    chosen = choose_transport(transport, cp_group)
+    return CPPlan(blueprint, cp_group, device, chosen)
 
 
 def _check_blueprint(
@@ -208,9 +203,34 @@ def _agree_on_plan(group: ProcessGroup, blueprint: CPBlueprint, transport: str) 
     symmetric = known_symmetric_memory(group)
     if symmetric is not None:
         record[_EXCHANGES] = symmetric.exchanges
-    agree(record, group, "make_cp_plan")
+    if group_device(group).type == "cpu":
+        agree(record, group, "make_cp_plan")
+    else:
+        agreement = group_agreement(group)
+        agreement.read(wait=True)
+        failed = symmetric is not None and symmetric.has_failed
+        agreement.compare(record, f"make_cp_plan, {transport}", "make_cp_plan", at_once=failed)
     if symmetric is not None:
         symmetric.resume()
+
+
+def agree_on_end(group: ProcessGroup) -> None:
+    """Raise on every rank if this one has come to the end of its batches and others have not."""
+    what = "prefetch_plans, at the end of the batches"
+    if group_device(group).type == "cpu":
+        agree({}, group, what)
+    else:
+        agreement = group_agreement(group)
+        agreement.read(wait=True)
+        agreement.compare({}, what, what, at_once=True)
+
+
+def report_error(error: Exception, group: ProcessGroup) -> None:
+    """Make the other ranks, which call make_cp_plan, raise too."""
+    if group_device(group).type == "cpu":
+        agree(error, group, "make_cp_plan")
+    else:
+        group_agreement(group).fail(error, "make_cp_plan")
 
 
 class CPPlan:
@@ -444,7 +464,12 @@ def _check_fill(fill: float, dtype: torch.dtype) -> None:
         raise ValueError(f"fill must be a value that {dtype} can hold, got {fill!r}")
 
 
-def _process_group(group: ProcessGroup | DeviceMesh | None) -> ProcessGroup | None:
+def process_group(group: ProcessGroup | DeviceMesh | None) -> ProcessGroup | None:
+    """The ProcessGroup of a cp group.
+
+    Raises:
+        TypeError, ValueError: it is none, or this rank is not in it.
+    """
     if group is None:
         return None
     if isinstance(group, DeviceMesh):

@@ -13,8 +13,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.distributed.device_mesh import DeviceMesh
 
 from magi_sink_cp import cp_attention_with_sink, make_cp_plan
-from magi_sink_cp.dist.guard import agreement as agreement_module
-from magi_sink_cp.dist.guard.agreement import agree
+from magi_sink_cp.dist.guard import late as late_module
+from magi_sink_cp.dist.guard.late import AT_ONCE, GroupAgreement, group_agreement
 from magi_sink_cp.dist.transport import choose as choose_module
 from magi_sink_cp.dist.transport.symmetric import SymmetricMemory
 from tests.support.ranks import run_on_ranks
@@ -197,13 +197,19 @@ def body_compared(group, device, *, on_gpus, checks) -> None:
     """Every call on a CPU group, or as asked; once for each new signature of a group on GPUs."""
     compared = []
 
-    def recording(record, *rest):
-        compared.append("total_tokens" in record)
-        return agree(record, *rest)
+    def recording(function):
+        def run(*arguments):
+            compared.append(function.__name__)
+            return function(*arguments)
+
+        return run
 
     plan = make_cp_plan(12, group=group)
     plan.agreement.in_every_call = not on_gpus
-    with mock.patch.object(agreement_module, "agree", recording):
+    with (
+        mock.patch.object(late_module, "agree", recording(late_module.agree)),
+        mock.patch.object(GroupAgreement, "compare", recording(GroupAgreement.compare)),
+    ):
         for heads in (2, 4, 2, 4):
             call(plan, heads=heads, checks=checks)
     assert len(compared) == (2 if on_gpus and checks == "auto" else 4)
@@ -264,6 +270,63 @@ def body_later(group, device, *, what) -> None:
         ):
             cp_attention_with_sink(q, q.to_sparse() if rank else q, q, None, plan=plan)
     assert call(plan, softmax_scale=0.1).shape == (6, 2, 4), "the group still works"
+
+
+def test_what_is_compared_late_is_read_before_the_step_ends():
+    run_on_ranks(3, body_late)
+
+
+def body_late(group, device) -> None:
+    """After AT_ONCE plans no rank waits for a comparison, and all still hear of a difference."""
+    with mock.patch.object(late_module._Gathered, "has_come", return_value=False):
+        check_late(group)
+
+
+def check_late(group) -> None:
+    rank, agreement = dist.get_rank(group), group_agreement(group)
+    agreement.forget()
+
+    def plan_and_call(**options):
+        plan = make_cp_plan(12, group=group)
+        plan.agreement.in_every_call = False  # as on GPUs
+        return call(plan, softmax_scale=0.25, **options)
+
+    for step in range(AT_ONCE + 3):
+        plan_and_call()
+        assert len(agreement._pending) == max(0, step + 1 - AT_ONCE)
+    if rank == 1:
+        agreement.fail(TypeError("invalid here"), "a call")
+    else:
+        agreement.compare({"step": 0}, late_kind(agreement), "a call")
+        with pytest.raises(ValueError, match="rank 1 was given something invalid, so no rank goes"):
+            agreement.read(wait=True)
+    plan_and_call()
+    assert not agreement._pending, "after a difference everything is read at once again"
+    for _ in range(AT_ONCE):
+        agreement.compare({"step": 0}, "a kind", "a call")
+    agreement.compare({"step": rank // 2}, "a kind", "a call")
+    with pytest.raises(ValueError, match=r"a call: .* cp ranks \[2\] made others than cp rank 0"):
+        agreement.read(wait=True)
+    with pytest.raises(ValueError, match="the same step, got rank 0: 0, rank 1: 0, rank 2: 1"):
+        agreement.compare({"step": rank // 2}, "a kind", "a call")
+    for late_rank in (0, 1):  # ranks that read differently go on together
+        for _ in range(AT_ONCE):
+            agreement.compare({"step": 0}, "a kind", "a call")
+        mine = rank == late_rank
+        agreement.compare({"step": 0}, "a kind", "a call", at_once=not mine)
+        if mine:
+            agreement.compare({"step": 1}, "a kind", "a call")
+            with pytest.raises(ValueError, match="must make the same plans and calls"):
+                agreement.read(wait=True)
+        else:
+            with pytest.raises(ValueError, match="must make the same plans and calls"):
+                agreement.compare({"step": 0}, "a kind", "a call", at_once=True)
+        agreement.forget()
+
+
+def late_kind(agreement) -> str:
+    """A kind of comparison that is late by now."""
+    return next(kind for kind, times in agreement._compared.items() if times >= AT_ONCE)
 
 
 def test_devices_from_which_nothing_travels():

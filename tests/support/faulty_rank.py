@@ -19,7 +19,7 @@ import torch.distributed as dist
 
 from magi_sink_cp import cp_attention_with_sink, make_cp_plan
 from magi_sink_cp.dist import shard
-from magi_sink_cp.dist.guard import agreement
+from magi_sink_cp.dist.guard import agreement, late
 from magi_sink_cp.dist.methods import ring
 from magi_sink_cp.dist.methods.gradients import SinkGradient
 from magi_sink_cp.dist.transport import symmetric
@@ -72,7 +72,8 @@ def main() -> None:
             dist.distributed_c10d._set_pg_timeout(timeout)
         print(f"ready at {time.monotonic()}", file=sys.stderr, flush=True)
         if rank == ranks - 1:
-            setattr(*PLACES[place], fault)
+            on_gpus = (late, "all_gather") if place == "comparison" and on_gpu else None
+            setattr(*(on_gpus or PLACES[place]), fault)
         elif "held" in way:
             result = SinkGradient.result
             SinkGradient.result = lambda this: (torch.cuda.synchronize(), result(this))[1]

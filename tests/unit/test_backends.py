@@ -184,8 +184,12 @@ def test_public_names():
     ]  # fmt: skip
     others = [
         "BackendInfo",
+        "CPBlueprint",
         "CPPlan",
         "SinkAttention",
+        "make_cp_blueprint",
+        "masks",
+        "prefetch_plans",
         "attention_with_sink",
         "backends",
         "compat",

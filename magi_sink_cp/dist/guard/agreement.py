@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import weakref
 from collections.abc import Mapping
@@ -147,49 +146,3 @@ def all_gather(mine: Tensor, group: ProcessGroup, what: str) -> Tensor:
     )
     gather.wait()
     return gathered
-
-
-class Agreement:
-    """Compares the calls of one plan over its ranks, and remembers what they have agreed on.
-
-    On a CPU group every call is compared. On GPUs, where a comparison makes the host wait for the
-    GPU, a signature is compared when it is first seen, or in every call if ``always``.
-    """
-
-    def __init__(self, group: GroupRef | None, device: torch.device, digest: str) -> None:
-        """``digest`` tells this plan from others."""
-        self._group = group
-        self._device = device
-        self._digest = digest
-        self.in_every_call = device.type == "cpu"
-        self._agreed: set[str] = set()
-
-    def compares_always(self, always: bool) -> bool:
-        """Whether every call is compared."""
-        return self._group is not None and (always or self.in_every_call)
-
-    def compare(self, signature: Signature, what: str, always: bool = False) -> None:
-        """Raise on every rank unless all ranks have this signature."""
-        if self._group is None:
-            return
-        if self.compares_always(always) or signature.key not in self._agreed:
-            self._compare({"plan (sha256)": self._digest, **signature.content}, what)
-            self._agreed.add(signature.key)
-
-    def report_error(self, error: Exception, what: str, always: bool = False) -> None:
-        """Make the other ranks raise too, before the caller raises ``error``.
-
-        On GPUs only while the ranks have agreed on nothing yet, unless ``always``: after that the
-        others may be past this comparison.
-        """
-        if self._group is None:
-            return
-        if not self._agreed or self.compares_always(always):
-            self._compare(error, what)
-
-    def _compare(self, record: Mapping[str, object] | Exception, what: str) -> None:
-        """On the plan's own device, even if the current device is another one."""
-        assert self._group is not None, "one rank alone has nothing to compare"
-        on_gpu = self._device.type == "cuda"
-        with torch.cuda.device(self._device) if on_gpu else contextlib.nullcontext():
-            agree(record, self._group(), what)

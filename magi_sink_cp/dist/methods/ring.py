@@ -144,12 +144,11 @@ class Ring(Method):
             sink_backend = None
         if sink_backend is not None:
             log_choice(sink_backend)
-        degrees = overlap.degrees
-        if options.overlap_degree is not None:
-            degrees = options.overlap_degree, options.overlap_degree
         window, batch_size = params.window_size, call.batch_size
-        forward = blueprint.schedule(window, degrees[0], batch_size, overlap.large_rows, routed)
-        backward = blueprint.schedule(window, degrees[1], batch_size, None, routed)
+        degrees, forward, backward = blueprint.pass_schedules(
+            window, sizes, overlap, options.overlap_degree, routed
+        )
+        blueprint.asks(window, sizes, slower, link, options.overlap_degree, routed)
         return RingState(
             transport=transport,
             forward=bind(forward, params, q.device),

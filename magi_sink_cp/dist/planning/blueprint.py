@@ -92,6 +92,7 @@ class CPBlueprint:
         self._masks: dict[tuple[Window, int], Mask] = {}
         self._schedules: dict[tuple[Any, ...], Schedule] = {}
         self._overlaps: dict[tuple[Any, ...], Overlap] = {}
+        self._asked: dict[Any, None] = {}
 
     @property
     def documents(self) -> tuple[Range, ...]:
@@ -179,6 +180,40 @@ class CPBlueprint:
                 if start < stop:
                     found.append((start, stop))
         return tuple(found)
+
+    def prepare(self, like: CPBlueprint) -> None:
+        """Make ahead what the calls of another blueprint have asked for.
+
+        Degrees that a call was given itself are its own; the others follow the cost model.
+        """
+        asked = like._asked.copy()  # which another thread may extend
+        for window, sizes, slower, link, degrees, routed in asked:
+            overlap = self.overlap(window, sizes, slower, link)
+            self.pass_schedules(window, sizes, overlap, degrees, routed)
+            self._asked[window, sizes, slower, link, degrees, routed] = None
+
+    def pass_schedules(
+        self,
+        window_size: Window,
+        sizes: CallSizes,
+        overlap: Overlap,
+        overlap_degree: int | None,
+        routed: bool,
+    ) -> tuple[tuple[int, int], Schedule, Schedule]:
+        """The degrees, and the schedules of forward and backward, of one kind of call.
+
+        ``overlap_degree`` is None where the cost model chooses.
+        """
+        degrees = overlap.degrees if overlap_degree is None else (overlap_degree, overlap_degree)
+        batch = sizes.batch_size
+        forward = self.schedule(window_size, degrees[0], batch, overlap.large_rows, routed)
+        backward = self.schedule(window_size, degrees[1], batch, None, routed)
+        return degrees, forward, backward
+
+    def asks(self, *what: Any) -> None:
+        """Remember that a call asked for ``what``, the arguments of :meth:`prepare`'s loop."""
+        if len(self._asked) < _MOST:
+            self._asked[what] = None
 
     def position_runs(self) -> tuple[Ints, Ints]:
         """(first position, length) of the runs of this rank's positions, padding left out."""

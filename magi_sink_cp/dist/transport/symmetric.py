@@ -142,6 +142,11 @@ class SymmetricMemory(Transport):
         # Other ranks may have started more exchanges: their next number would be another one.
         self._failed = True
 
+    @property
+    def has_failed(self) -> bool:
+        """A pass failed on this rank since the last :meth:`resume`."""
+        return self._failed
+
     def resume(self) -> None:
         """All ranks are known to have started as many exchanges."""
         self._failed = False

@@ -1,0 +1,207 @@
+"""prefetch_plans: order, errors, ends, and how far it runs ahead; blueprints from elsewhere."""
+
+from __future__ import annotations
+
+import pickle
+import threading
+import time
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch.utils.data import DataLoader, Dataset
+
+from magi_sink_cp import cp_attention_with_sink, make_cp_blueprint, make_cp_plan, prefetch_plans
+from tests.support.ranks import run_on_ranks
+
+WINDOWS = ((-1, 0), (5, 0))
+
+
+def offsets_of(number: int) -> list[int]:
+    return [0, 3 + number % 7, 20]
+
+
+class Batches(Dataset):
+    def __len__(self):
+        return 6
+
+    def __getitem__(self, number):
+        return torch.tensor(offsets_of(number))
+
+
+def first(batch):
+    return batch
+
+
+def run(plan, window=(-1, -1)):
+    x = torch.ones(plan.local_tokens, 2, 4)
+    return cp_attention_with_sink(x, x, x, torch.zeros(1, 2), plan=plan, window_size=window)
+
+
+def names_of_threads():
+    return {thread.name for thread in threading.enumerate()}
+
+
+def wait_until_ended():
+    for _ in range(50):
+        if "magi_sink_cp plans" not in names_of_threads():
+            return
+        time.sleep(0.1)
+    raise AssertionError("the thread goes on")
+
+
+@pytest.mark.parametrize("num_ranks", [1, 2, 3])
+def test_plans_come_in_order_and_are_those_of_make_cp_plan(num_ranks):
+    run_on_ranks(num_ranks, body_order)
+
+
+def body_order(group, device) -> None:
+    batches = [offsets_of(n) for n in range(7)]
+    seen = []
+    for batch, plan in prefetch_plans(batches, group=group, cu_seqlens=first, windows=WINDOWS):
+        expected = make_cp_plan(20, group=group, cu_seqlens=batch)
+        assert plan.layout == expected.layout
+        assert plan.documents == expected.documents
+        assert torch.equal(plan.position_ids, expected.position_ids)
+        for window in WINDOWS:
+            assert torch.equal(run(plan, window), run(expected, window))
+        if len(seen) > 3:
+            asked = {key[0] for key in plan.blueprint._asked}
+            assert asked == {(-1, 0), (5, 0)}, "what calls ask is made ahead"
+        seen.append(batch)
+    assert seen == batches
+    wait_until_ended()
+
+
+def test_one_rank_alone():
+    """Without a group, and with functions for everything."""
+    given = prefetch_plans(
+        [4, 9], total_tokens=first, position_ids=lambda n: range(n), mask_slices=lambda n: []
+    )
+    assert len(given) == 2
+    for _ in range(2):
+        assert [(n, plan.total_tokens) for n, plan in given] == [(4, 4), (9, 9)]
+
+
+@pytest.mark.parametrize("context", ["fork", "spawn"])
+def test_dataloaders_with_workers(context):
+    loader = DataLoader(Batches(), batch_size=None, num_workers=2, multiprocessing_context=context)
+    got = prefetch_plans(loader, cu_seqlens=first)
+    assert len(got) == 6
+    assert [plan.documents[0] for _, plan in got] == [(0, 3 + n) for n in range(6)]
+    for _, _plan in got:
+        break
+    wait_until_ended()
+
+
+@pytest.mark.parametrize("depth", [1, 2, 4])
+def test_it_never_runs_ahead_further_than_asked(depth):
+    taken, ended = [], []
+
+    def batches():
+        try:
+            for number in range(20):
+                taken.append(number)
+                yield offsets_of(number)
+        finally:
+            ended.append(True)
+
+    for number, _ in enumerate(prefetch_plans(batches(), cu_seqlens=first, depth=depth)):
+        time.sleep(0.03)
+        assert len(taken) <= number + 1 + depth
+        if number == 5:
+            break
+    wait_until_ended()
+    assert ended == [True], "the caller's generator has ended too"
+
+
+@pytest.mark.parametrize("error", [RuntimeError("broken"), KeyboardInterrupt()])
+def test_exceptions_of_the_batches_come_in_their_place(error):
+    def batches():
+        yield offsets_of(0)
+        raise error
+
+    iterator = iter(prefetch_plans(batches(), cu_seqlens=first))
+    next(iterator)
+    with pytest.raises(type(error)):
+        next(iterator)
+    wait_until_ended()
+
+
+def test_an_exception_in_the_loop_ends_the_thread():
+    def loop():
+        for _ in prefetch_plans([offsets_of(n) for n in range(9)], cu_seqlens=first):
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        loop()
+    wait_until_ended()
+
+
+def test_ranks_that_differ_are_told():
+    run_on_ranks(2, body_differ)
+
+
+def body_differ(group, device) -> None:
+    rank = dist.get_rank(group)
+
+    def iterate(batches):
+        for _ in prefetch_plans(batches, group=group, cu_seqlens=first):
+            pass
+
+    with pytest.raises(ValueError, match="must not fall|rank 1 was given something invalid"):
+        iterate([[0, 20], [0, 30, 20] if rank else [0, 20]])
+    with pytest.raises(ValueError, match="same cu_seqlens, mask_slices and position_ids"):
+        iterate([[0, 5 + rank, 20]])
+    with pytest.raises(ValueError, match="the same call, got rank 0: 'prefetch_plans, at the end"):
+        iterate([[0, 20]] * (2 + rank))
+    iterate([[0, 20]] * 3)
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
+    [
+        ({}, ValueError, "cu_seqlens or total_tokens must be given: functions of a batch"),
+        ({"cu_seqlens": [0, 4]}, TypeError, "cu_seqlens must be a function of a batch or None"),
+        ({"cu_seqlens": first, "depth": 0}, ValueError, "depth must be an int >= 1, got 0"),
+        ({"cu_seqlens": first, "group": 3}, TypeError, "group must be a ProcessGroup"),
+    ],
+)
+def test_wrong_arguments(options, error, message):
+    with pytest.raises(error, match=message):
+        prefetch_plans([], **options)
+
+
+@pytest.mark.parametrize("num_ranks", [1, 2])
+def test_blueprints_travel(num_ranks):
+    run_on_ranks(num_ranks, body_blueprints)
+
+
+def body_blueprints(group, device) -> None:
+    rank, size = (0, 1) if group is None else (dist.get_rank(group), dist.get_world_size(group))
+    blueprint = make_cp_blueprint(20, cp_size=size, rank=rank, cu_seqlens=[0, 7, 20])
+    plan = make_cp_plan(pickle.loads(pickle.dumps(blueprint)), group=group)
+    other = make_cp_plan(20, cu_seqlens=[0, 7, 20], group=group)
+    assert torch.equal(run(plan), run(other))
+    used = make_cp_plan(pickle.loads(pickle.dumps(plan.blueprint)), group=group)
+    assert torch.equal(run(used), run(other)), "with the schedules that it holds by now"
+    for options in ({"cu_seqlens": [0, 20]}, {"layout": "zigzag"}):
+        with pytest.raises(ValueError, match="must be given to make_cp_blueprint, not beside"):
+            make_cp_plan(blueprint, group=group, **options)
+    wrong = make_cp_blueprint(20, cp_size=size + 1, rank=rank)
+    with pytest.raises(ValueError, match="the blueprint must be for this rank"):
+        make_cp_plan(wrong, group=group)
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
+    [
+        ({"cp_size": 0, "rank": 0}, ValueError, "cp_size must be an int >= 1, got 0"),
+        ({"cp_size": 2, "rank": 2}, ValueError, "rank must be an int from 0 to cp_size - 1, 1"),
+        ({"cp_size": 2, "rank": 0, "layout": "ring"}, ValueError, "layout must be one of"),
+        ({"cp_size": 2, "rank": 0, "windows": (3,)}, ValueError, "window_size must be two ints"),
+    ],
+)
+def test_wrong_blueprints(options, error, message):
+    with pytest.raises(error, match=message):
+        make_cp_blueprint(20, **options)
