@@ -3,14 +3,18 @@
     python scripts/bench.py kernel --out docs/benchmarks
     python scripts/bench.py functions --out docs/benchmarks
     python scripts/bench.py host --out docs/benchmarks
+    python scripts/bench.py masks --out docs/benchmarks
     python scripts/bench.py dist --out docs/benchmarks       # one rank a GPU; or under torchrun
+    python scripts/bench.py plan --out docs/benchmarks       # likewise
 
 ``kernel``: attention_with_sink beside plain FlashAttention-3 and one read+write pass over out.
 ``functions``: forward+backward of the drop-in functions beside the same kernels without a sink;
 peak memory, first call, and where the time goes. ``host``: what a call costs the host. ``dist``:
 cp_attention_with_sink beside one GPU's FlashAttention-3 without a sink on the whole sequence,
 divided by the number of ranks, and beside ring-flash-attn's zigzag and MagiAttention where they are
-installed; windows, packed documents, time that compute waits, memory (bench_dist.py).
+installed; windows, packed documents, time that compute waits, memory (bench_dist.py). ``plan``:
+what a new plan costs the host and a training loop (bench_plan.py). ``masks``: slices beside a
+repeated prompt and beside FlexAttention (bench_masks.py).
 
 What is compared runs in turns in one process, in both orders, after warm-up; a row holds the median
 and the 20% and 80% quantiles of all rounds. An overhead is the median of the differences within a
@@ -74,6 +78,11 @@ def main() -> int:
     parser.add_argument(
         "--rounds", type=int, default=60, help="rounds per shape (fewer for shapes that take long)"
     )
+    parser.add_argument(
+        "--before",
+        type=Path,
+        help="plan: a checkout of commit 1f894d0, whose planner runs beside this one",
+    )
     parser.add_argument("--commit", help="commit to record (default: asks git)")
     args = parser.parse_args()
     if args.rounds < 10:
@@ -84,7 +93,7 @@ def main() -> int:
             file=sys.stderr,
         )
         return 2
-    if args.what == "dist" and "LOCAL_RANK" not in os.environ:  # start one rank a GPU
+    if args.what in ("dist", "plan") and "LOCAL_RANK" not in os.environ:  # start one rank a GPU
         launcher = [
             "-m",
             "torch.distributed.run",
@@ -490,6 +499,18 @@ def bench_dist(args: argparse.Namespace) -> Iterator[list[Row]]:
     yield from across_ranks.run(args)
 
 
+def bench_masks(args: argparse.Namespace) -> Iterator[list[Row]]:
+    import bench_masks as of_masks  # beside this file
+
+    yield from of_masks.run(args)
+
+
+def bench_plan(args: argparse.Namespace) -> Iterator[list[Row]]:
+    import bench_plan as of_plans  # beside this file
+
+    yield from of_plans.run(args)
+
+
 # --- Measuring and writing ------------------------------------------------------------------------
 
 
@@ -498,6 +519,8 @@ BENCHES = {
     "functions": bench_functions,
     "host": bench_host,
     "dist": bench_dist,
+    "masks": bench_masks,
+    "plan": bench_plan,
 }
 
 if __name__ == "__main__":

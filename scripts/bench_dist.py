@@ -69,10 +69,15 @@ DOCUMENT_LENGTHS = (
 )  # fmt: skip
 
 
-def run(args: argparse.Namespace) -> Iterator[list[Row]]:
-    """Every part's rows, on rank 0."""
+def start_ranks() -> None:
+    """Join the process group of torchrun, on this rank's GPU."""
     torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     dist.init_process_group("nccl", device_id=torch.device("cuda", torch.cuda.current_device()))
+
+
+def run(args: argparse.Namespace) -> Iterator[list[Row]]:
+    """Every part's rows, on rank 0."""
+    start_ranks()
     parts: list[Callable[[], list[Row]]] = [
         # First, as the arena never shrinks.
         *(lambda tokens=tokens: memory_rows(tokens) for tokens in TOKENS),
