@@ -97,9 +97,8 @@ def compared(args: argparse.Namespace, mask: str, tokens: int, work: Work, other
     for part in ("forward", "both"):
         theirs, ours = times[f"{other}, {part}"], times[f"slices, {part}"]
         ratio = statistics.median(a / b for a, b in zip(theirs, ours, strict=True))
-        rows.append(
-            {**shape, "measured": f"{mask}: {other} over slices, {part}", "percent": 100 * ratio}
-        )
+        label = f"{mask}: {other} over slices, {part}"
+        rows.append({**shape, "measured": label, "percent": 100 * ratio})
         print(f"{mask} {tokens:6d} {part:8s} slices {statistics.median(ours):9.1f} µs, "
               f"{other} takes {ratio:.2f} times as long", flush=True)  # fmt: skip
     return rows

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import statistics
 import subprocess
 import sys
@@ -74,10 +73,9 @@ def host_rows(args: argparse.Namespace, tokens: int, ranks: int) -> list[Row]:
     text = f"{tokens} tokens, {ranks} ranks: {statistics.median(ours) / 1e3:.1f} ms"
     if args.before is not None:
         asked = json.dumps([tokens, ranks, max(2, args.rounds // 5), link, offsets])
-        environment = {**os.environ, "PYTHONPATH": str(args.before)}
         done = subprocess.run(
             [sys.executable, "-c", OLD], input=asked, capture_output=True, text=True,
-            env=environment, check=True,
+            cwd=args.before, check=True,
         )  # fmt: skip
         before = json.loads(done.stdout)
         ratio = statistics.median(before) / statistics.median(ours)

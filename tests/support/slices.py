@@ -27,8 +27,8 @@ def dense(slices, total: int) -> torch.Tensor:
     """MagiAttention's definition, pair by pair."""
     mask = torch.zeros(total, total, dtype=torch.int64)
     for (q0, q1), (k0, k1), kind in slices:
-        for q, k in itertools.product(range(q0, q1), range(k0, k1)):
-            before = kind not in ("causal", "bi_causal") or k1 - k >= q1 - q
-            behind = kind not in ("inv_causal", "bi_causal") or k - k0 >= q - q0
-            mask[q, k] += before and behind
+        q, k = torch.arange(q0, q1)[:, None], torch.arange(k0, k1)
+        before = k1 - k >= q1 - q if kind in ("causal", "bi_causal") else True
+        behind = k - k0 >= q - q0 if kind in ("inv_causal", "bi_causal") else True
+        mask[q0:q1, k0:k1] += torch.ones(q1 - q0, k1 - k0, dtype=torch.bool) & before & behind
     return mask
