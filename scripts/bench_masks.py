@@ -27,7 +27,7 @@ def run(args: argparse.Namespace) -> Iterator[list[Row]]:
 
 
 def shared_prefix_rows(args: argparse.Namespace) -> list[Row]:
-    """One prompt and 16 completions as slices, beside the prompt repeated before each completion."""
+    """A prompt and 16 completions as slices, beside the prompt repeated before each of them."""
     total = PREFIX + sum(COMPLETIONS)
     q, k, v, dout, sink = draw((total,), 128)
     slices = masks.shared_prefix(PREFIX, COMPLETIONS)

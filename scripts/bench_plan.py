@@ -44,7 +44,7 @@ for _ in range(repeats):
             share.alone_pairs, max(map(len, layout)), len(documents), 64, 8, 128, 2,
         )
         for degree in choose_overlap(work, ranks, link, None).degrees:
-            build_schedule(layout, documents, window, ranks // 2, degree, routed=True)
+            build_schedule(layout, documents, window, ranks // 2, degree, routed=link == "nvlink")
     times.append(1e6 * (time.perf_counter() - start))
 print(json.dumps(times))
 """
@@ -95,7 +95,7 @@ def planned(tokens: int, ranks: int, offsets: list[int], link: str) -> float:
     )
     for window in WINDOWS:
         overlap = blueprint.overlap(window, sizes, None, link)
-        blueprint.pass_schedules(window, sizes, overlap, None, True)
+        blueprint.pass_schedules(window, sizes, overlap, None, link == "nvlink")
     blueprint.position_runs()
     return 1e6 * (time.perf_counter() - start)
 

@@ -291,6 +291,11 @@ def _fits(last: _Ends, new: _Ends) -> Any:
 
 def _call(s: Segments, owns_rows: bool) -> KernelCall:
     """One call for segments that ascend in rows and keys."""
+    rows, keys = (int(s.row_lo[0]), int(s.row_hi[-1])), (int(s.key_lo[0]), int(s.key_hi[-1]))
+    window = int(s.left[0]), int(s.right[0])
+    if len(s.row_lo) == 1:  # most calls, and the rest takes ten times as long
+        offsets = (np.array([0, hi - lo], dtype=np.int32) for lo, hi in (rows, keys))
+        return KernelCall(rows, keys, *offsets, window, owns_rows)
     row_before = np.concatenate([s.row_lo[:1], s.row_hi[:-1]])
     key_before = np.concatenate([s.key_lo[:1], s.key_hi[:-1]])
     there = np.ones((len(s.row_lo), 3), dtype=bool)
@@ -298,12 +303,11 @@ def _call(s: Segments, owns_rows: bool) -> KernelCall:
     there[:, 1] = s.key_lo > key_before  # keys that none of these rows sees
     ends_q = np.stack([s.row_lo, s.row_lo, s.row_hi], axis=1)[there]
     ends_k = np.stack([key_before, s.key_lo, s.key_hi], axis=1)[there]
-    rows, keys = (int(s.row_lo[0]), int(s.row_hi[-1])), (int(s.key_lo[0]), int(s.key_hi[-1]))
     return KernelCall(
         rows=rows,
         keys=keys,
         cu_seqlens_q=np.concatenate([[0], ends_q - rows[0]]).astype(np.int32),
         cu_seqlens_k=np.concatenate([[0], ends_k - keys[0]]).astype(np.int32),
-        window_size=(int(s.left[0]), int(s.right[0])),
+        window_size=window,
         owns_rows=owns_rows,
     )

@@ -148,7 +148,7 @@ class Mask:
         own = self._places.of(rank)
         if self.cp_size == 1:
             return self._put_together(rank, [], [_segments(pieces, own)], 1, large_rows)
-        traffic = self._traffic(overlap_degree)
+        traffic = self._traffic(overlap_degree, None if routed else rank)
         if traffic.degree == 0:
             alone = self._own.within(pieces) == pieces.key_hi - pieces.key_lo
             local, travelling = pieces.at(alone), pieces.at(~alone)
@@ -229,9 +229,12 @@ class Mask:
         tokens = np.bincount(at, a.size).astype(np.float64)
         return pair // self.cp_size, pair % self.cp_size, tokens
 
-    def _traffic(self, overlap_degree: int) -> _Traffic:
+    def _traffic(self, overlap_degree: int, rank: int | None) -> _Traffic:
+        """The messages of all ranks, or of one: what routes need, or all else."""
         degree = min(overlap_degree, self.cp_size - 1)
         arrivals = self._remote if degree else self._arrivals
+        if rank is not None:
+            arrivals = arrivals.at((arrivals.target == rank) | (arrivals.source == rank))
         return _Traffic(arrivals, self.cp_size, degree, self.buffers(degree))
 
     @functools.cached_property
