@@ -60,11 +60,11 @@ def block_causal_rows(args: argparse.Namespace, tokens: int) -> list[Row]:
         return query // BLOCK >= key // BLOCK
 
     block_mask = create_block_mask(seen, None, None, tokens, tokens, device="cuda")
-    flex = torch.compile(flex_attention)
+    flex: Callable[..., Any] = torch.compile(flex_attention)
     heads_first = [x.detach().transpose(1, 2).contiguous().requires_grad_() for x in (q, k, v)]
     theirs = functools.partial(flex, *heads_first, block_mask=block_mask, enable_gqa=True)
     with torch.no_grad():
-        plain = attention_with_sink(q, k, v, None, mask_slices=slices)
+        plain: Any = attention_with_sink(q, k, v, None, mask_slices=slices)
         other = theirs().transpose(1, 2)
     error = float((plain - other).float().norm() / other.float().norm())
     assert error < 1e-2, f"FlexAttention computes another mask: {error}"
@@ -74,11 +74,11 @@ def block_causal_rows(args: argparse.Namespace, tokens: int) -> list[Row]:
 
 
 def passes(
-    name: str, attend: Callable[[], Tensor], leaves: Any, dout: Tensor
+    name: str, attend: Callable[[], Any], leaves: Any, dout: Tensor
 ) -> dict[str, Callable[[], Any]]:
     """Forward without gradients, and forward and backward."""
 
-    def forward() -> Tensor:
+    def forward() -> Any:
         with torch.no_grad():
             return attend()
 

@@ -111,10 +111,12 @@ def step_rows(args: argparse.Namespace, transport: str) -> list[Row]:
     q, k, v, dout, sink = draw((known[0].local_tokens,), 64)
 
     def step(plan: CPPlan) -> None:
-        for layer in range(2 * LAYERS):
-            window = WINDOWS[layer % 2]
-            out = cp_attention_with_sink(q, k, v, sink, plan=plan, window_size=window)
-            torch.autograd.grad(out, (q, k, v, sink), dout)
+        outs = [
+            cp_attention_with_sink(q, k, v, sink, plan=plan, window_size=WINDOWS[layer % 2])
+            for layer in range(2 * LAYERS)
+        ]
+        while outs:
+            torch.autograd.grad(outs.pop(), (q, k, v, sink), dout)
 
     def new() -> Iterator[CPPlan]:
         for offsets in batches:
@@ -131,7 +133,7 @@ def step_rows(args: argparse.Namespace, transport: str) -> list[Row]:
         "new plans": new,
         "new plans, prefetched": ahead,
     }
-    times = {name: [] for name in ways}
+    times: dict[str, list[float]] = {name: [] for name in ways}
     for number in range(max(6, args.rounds // 3)):
         for name, plans in list(ways.items())[:: 1 if number % 2 == 0 else -1]:
             torch.cuda.synchronize()

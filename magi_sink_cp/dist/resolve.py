@@ -277,6 +277,7 @@ def agree_on_forward(plan: CPPlan, make_request: Callable[[], Request], always: 
         plan.agreement.report_error(error, FORWARD, always)
         raise
     plan.agreement.compare(request.signature.content, request.signature.key, FORWARD, always)
+    plan.agreement.backwards_to_come += any(request.requires_grad)
     return request
 
 

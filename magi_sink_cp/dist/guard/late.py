@@ -6,8 +6,8 @@ comparisons of a kind (:data:`AT_ONCE` plans) are read at once, and show who was
 ones are gathered in the same way, as 64 bytes per rank, and are read from pinned memory:
 
 - at the next comparison or backward after they have arrived, without waiting, and
-- in a plan's first backward and in the next make_cp_plan, with waiting. By then the GPU is past
-  them.
+- in the last backward of a plan's forwards so far and in the next make_cp_plan, with waiting. By
+  then the GPU is past them.
 
 So a rank that makes other plans or calls than the others, or in another order, is named before the
 optimizer step. The transfers between may have moved wrong keys, or hang, in which case the watchdog
@@ -182,6 +182,7 @@ class Agreement:
         self._digest = digest
         self.in_every_call = device.type == "cpu"
         self._agreed: set[str] = set()
+        self.backwards_to_come = 0  # of forwards so far
 
     def compares_always(self, always: bool) -> bool:
         """Whether every call is compared."""
@@ -219,9 +220,10 @@ class Agreement:
                 group_agreement(self._group()).fail(error, what)
 
     def read_late(self) -> None:
-        """Wait for what is compared late. By a backward, the GPU is past it."""
+        """In a backward: read what is compared late, and in the plan's last one wait for it."""
+        self.backwards_to_come -= 1
         if self._group is not None and not self.in_every_call:
-            group_agreement(self._group()).read(wait=True)
+            group_agreement(self._group()).read(wait=self.backwards_to_come <= 0)
 
     def _on_device(self) -> contextlib.AbstractContextManager[object]:
         """The plan's own device, even if the current device is another one."""

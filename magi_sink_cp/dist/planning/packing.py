@@ -294,8 +294,8 @@ def _call(s: Segments, owns_rows: bool) -> KernelCall:
     rows, keys = (int(s.row_lo[0]), int(s.row_hi[-1])), (int(s.key_lo[0]), int(s.key_hi[-1]))
     window = int(s.left[0]), int(s.right[0])
     if len(s.row_lo) == 1:  # most calls, and the rest takes ten times as long
-        offsets = (np.array([0, hi - lo], dtype=np.int32) for lo, hi in (rows, keys))
-        return KernelCall(rows, keys, *offsets, window, owns_rows)
+        of_q, of_k = (np.array([0, hi - lo], dtype=np.int32) for lo, hi in (rows, keys))
+        return KernelCall(rows, keys, of_q, of_k, window, owns_rows)
     row_before = np.concatenate([s.row_lo[:1], s.row_hi[:-1]])
     key_before = np.concatenate([s.key_lo[:1], s.key_hi[:-1]])
     there = np.ones((len(s.row_lo), 3), dtype=bool)
