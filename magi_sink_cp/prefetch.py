@@ -1,7 +1,13 @@
-"""Plans that are made ahead of the training loop."""
+"""Plans that are made ahead of the training loop.
+
+A thread takes the batches. A process makes their blueprints, as a thread would hold Python's lock
+while the loop launches kernels. Until the process has started, the thread makes them.
+"""
 
 from __future__ import annotations
 
+import atexit
+import functools
 import queue
 import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -15,12 +21,13 @@ from torch.distributed.device_mesh import DeviceMesh
 from magi_sink_cp.dist.plan import (
     CPPlan,
     agree_on_end,
-    make_cp_blueprint,
+    check_blueprint_arguments,
     make_cp_plan,
     process_group,
     report_error,
 )
 from magi_sink_cp.dist.planning.blueprint import CPBlueprint
+from magi_sink_cp.dist.planning.worker import Worker, make_ahead
 from magi_sink_cp.kernels.checks import as_count
 
 Batch = TypeVar("Batch")
@@ -43,18 +50,17 @@ def prefetch_plans(
     on_hang: str = "abort",
     depth: int = 2,
 ) -> PlanPrefetcher[Batch]:
-    """Iterate over (batch, plan), with the plans made ahead in a thread.
+    """Iterate over (batch, plan), with the plans made ahead in a process.
 
-    The thread takes batches and makes their blueprints (:func:`magi_sink_cp.make_cp_blueprint`),
-    and ahead of the first call also what the calls of earlier plans asked for. Here, in the loop, a
-    blueprint is only attached to the group. Every rank must iterate over as many batches, and use
-    the plans alike::
+    It makes the blueprints (:func:`magi_sink_cp.make_cp_blueprint`), and ahead of the first call
+    also what the calls of earlier plans asked for. In the loop a blueprint is only attached to the
+    group. Every rank must iterate over as many batches, and use the plans alike::
 
         for batch, plan in prefetch_plans(loader, group=group, cu_seqlens=itemgetter("cu_seqlens")):
             ...
 
     Args:
-        batches: any iterable; a DataLoader with workers too. It is iterated in the thread.
+        batches: any iterable; a DataLoader with workers too. It is iterated in a thread.
         group: the cp group, as in :func:`magi_sink_cp.make_cp_plan`.
         cu_seqlens, total_tokens, mask_slices, position_ids: each takes a batch and returns the
             argument of make_cp_plan. They run in the thread; give tensors of the CPU. Without
@@ -176,20 +182,35 @@ class PlanPrefetcher(Generic[Batch]):
 
     def _blueprint(self, batch: Batch) -> CPBlueprint:
         given = {name: function(batch) for name, function in self._functions.items()}
-        total = (
-            given.pop("total_tokens") if "total_tokens" in given else int(given["cu_seqlens"][-1])
-        )
+        total = given.pop("total_tokens", None)
+        if total is None:
+            total = int(given["cu_seqlens"][-1])
         group = self._group
-        blueprint = make_cp_blueprint(
+        options = {"cu_seqlens": None, "mask_slices": None, "position_ids": None}
+        what, cp_size, rank, windows, _ = check_blueprint_arguments(
             total,
             cp_size=1 if group is None else dist.get_world_size(group),
             rank=0 if group is None else dist.get_rank(group),
-            **given,
-            **self._blueprint_options,
+            **{**options, **given, **self._blueprint_options},
         )
-        if self._latest is not None:
-            blueprint.prepare(self._latest)
-        return blueprint
+        asked = [] if self._latest is None else self._latest.asked
+        request = what, cp_size, rank, windows, asked
+        worker = _worker()
+        if not worker.is_ready:
+            return make_ahead(request)
+        try:
+            return worker.make(request)
+        finally:
+            if worker.has_ended:
+                _worker.cache_clear()  # the next loop starts another
+
+
+@functools.cache
+def _worker() -> Worker:
+    """This process's own, which ends with it."""
+    worker = Worker()
+    atexit.register(worker.close)
+    return worker
 
 
 def _wait_for(room: threading.Semaphore, stop: threading.Event) -> bool:

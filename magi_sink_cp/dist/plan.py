@@ -23,6 +23,7 @@ from magi_sink_cp.dist.guard.watchdog import ON_HANG, set_on_hang
 from magi_sink_cp.dist.planning.blueprint import CPBlueprint, PlanInput, make_blueprint
 from magi_sink_cp.dist.planning.layout import LAYOUTS
 from magi_sink_cp.dist.planning.mask import Range, Slice, check_slices
+from magi_sink_cp.dist.planning.worker import Request, make_ahead
 from magi_sink_cp.dist.transport.base import Transport
 from magi_sink_cp.dist.transport.choose import (
     check_transport,
@@ -74,6 +75,32 @@ def make_cp_blueprint(
     Raises:
         TypeError, ValueError: an argument is invalid.
     """
+    return make_ahead(
+        check_blueprint_arguments(
+            total_tokens,
+            cp_size=cp_size,
+            rank=rank,
+            cu_seqlens=cu_seqlens,
+            mask_slices=mask_slices,
+            position_ids=position_ids,
+            layout=layout,
+            windows=windows,
+        )
+    )
+
+
+def check_blueprint_arguments(
+    total_tokens: int,
+    *,
+    cp_size: int,
+    rank: int,
+    cu_seqlens: Tensor | Sequence[int] | None,
+    mask_slices: Sequence[Slice] | None,
+    position_ids: Tensor | Sequence[int] | None,
+    layout: str,
+    windows: Sequence[Sequence[int | None]],
+) -> Request:
+    """The arguments of make_cp_blueprint, checked, as another process can be given them."""
     size, place = as_int(cp_size), as_int(rank)
     if size is None or size < 1:
         raise ValueError(f"cp_size must be an int >= 1, got {cp_size!r}")
@@ -81,7 +108,7 @@ def make_cp_blueprint(
         raise ValueError(f"rank must be an int from 0 to cp_size - 1, {size - 1}, got {rank!r}")
     what = _check_arguments(total_tokens, cu_seqlens, mask_slices, position_ids, layout)
     ahead = [window_limits(window) for window in windows]
-    return make_blueprint(what, size, place, ahead)
+    return what, size, place, ahead, ()
 
 
 def make_cp_plan(

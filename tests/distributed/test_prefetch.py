@@ -5,13 +5,20 @@ from __future__ import annotations
 import pickle
 import threading
 import time
+from unittest import mock
 
 import pytest
 import torch
 import torch.distributed as dist
 from torch.utils.data import DataLoader, Dataset
 
-from magi_sink_cp import cp_attention_with_sink, make_cp_blueprint, make_cp_plan, prefetch_plans
+from magi_sink_cp import (
+    cp_attention_with_sink,
+    make_cp_blueprint,
+    make_cp_plan,
+    prefetch,
+    prefetch_plans,
+)
 from tests.support.ranks import run_on_ranks
 
 WINDOWS = ((-1, 0), (5, 0))
@@ -66,7 +73,7 @@ def body_order(group, device) -> None:
         for window in WINDOWS:
             assert torch.equal(run(plan, window), run(expected, window))
         if len(seen) > 3:
-            asked = {key[0] for key in plan.blueprint._asked}
+            asked = {key[0] for key in plan.blueprint.asked}
             assert asked == {(-1, 0), (5, 0)}, "what calls ask is made ahead"
         seen.append(batch)
     assert seen == batches
@@ -136,6 +143,48 @@ def test_an_exception_in_the_loop_ends_the_thread():
     with pytest.raises(KeyboardInterrupt):
         loop()
     wait_until_ended()
+
+
+def wait_for_worker():
+    worker = prefetch._worker()
+    for _ in range(600):
+        if worker.is_ready:
+            return worker
+        time.sleep(0.1)
+    raise AssertionError("the process does not start")
+
+
+def test_the_process_makes_the_same_blueprints():
+    worker = wait_for_worker()
+    made = []
+    make = worker.make
+
+    def recording(request):
+        made.append(request)
+        return make(request)
+
+    with mock.patch.object(worker, "make", recording):
+        for batch, plan in prefetch_plans([offsets_of(n) for n in range(4)], cu_seqlens=first):
+            expected = make_cp_plan(20, cu_seqlens=batch)
+            assert plan.layout == expected.layout
+            assert torch.equal(run(plan), run(expected))
+    assert len(made) == 4
+    assert made[-1][-1], "what earlier calls asked is made ahead"
+
+
+def test_a_process_that_dies_is_named_and_another_one_starts():
+    worker = wait_for_worker()
+    worker._process.kill()
+    worker._process.wait()
+    with pytest.raises(RuntimeError, match="the process that plans ahead has died, with exit code"):
+        list(prefetch_plans([[0, 20]], cu_seqlens=first))
+    assert len(list(prefetch_plans([[0, 20]], cu_seqlens=first))) == 1
+    assert wait_for_worker() is not worker
+
+
+def test_errors_of_the_process_are_raised_here():
+    with pytest.raises(AttributeError):
+        wait_for_worker().make((None, 1, 0, (), ()))
 
 
 def test_ranks_that_differ_are_told():

@@ -181,16 +181,24 @@ class CPBlueprint:
                     found.append((start, stop))
         return tuple(found)
 
-    def prepare(self, like: CPBlueprint) -> None:
-        """Make ahead what the calls of another blueprint have asked for.
+    def prepare(self, asked: Iterable[tuple[Any, ...]]) -> None:
+        """Make ahead what the calls of another blueprint have asked for: its ``asked``.
 
         Degrees that a call was given itself are its own; the others follow the cost model.
         """
-        asked = like._asked.copy()  # which another thread may extend
         for window, sizes, slower, link, degrees, routed in asked:
             overlap = self.overlap(window, sizes, slower, link)
             self.pass_schedules(window, sizes, overlap, degrees, routed)
-            self._asked[window, sizes, slower, link, degrees, routed] = None
+            self.asks(window, sizes, slower, link, degrees, routed)
+
+    @property
+    def asked(self) -> list[tuple[Any, ...]]:
+        """What calls have asked for; another thread may read it."""
+        return list(self._asked.copy())
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Without the masks, which are large, and are made again where they are asked for."""
+        return {**self.__dict__, "_masks": {}}
 
     def pass_schedules(
         self,
