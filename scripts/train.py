@@ -31,6 +31,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import islice
+from operator import attrgetter
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -45,7 +46,7 @@ from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_di
 from tqdm import tqdm
 
 import magi_sink_cp
-from magi_sink_cp import CPPlan, SinkAttention, make_cp_plan
+from magi_sink_cp import CPPlan, SinkAttention, prefetch_plans
 
 VOCABULARY = 256  # bytes
 IGNORED = -100  # label of a document's last byte and of padding
@@ -335,12 +336,16 @@ def train(
     if recorder is not None:
         recorder.keep_before(first_step)
     losses: list[float] = []
-    batches = islice(packed_batches(args), first_step, args.steps)
+    batches = prefetch_plans(
+        islice(packed_batches(args), first_step, args.steps),
+        group=group,
+        cu_seqlens=attrgetter("cu_seqlens"),
+    )
     total = max(0, args.steps - first_step)
     progress = tqdm(batches, total=total, desc=name, unit="step", disable=not is_first)
-    for step, batch in enumerate(progress, first_step):
+    for step, (batch, plan) in enumerate(progress, first_step):
         started = time.perf_counter()
-        loss, stop = train_step(args, state, step, batch, group, device, interrupt)
+        loss, stop = train_step(args, state, step, batch, plan, device, interrupt)
         losses.append(loss)
         rate = len(batch.tokens) / (time.perf_counter() - started)
         progress.set_postfix_str(f"loss {loss:.4f}, {rate:,.0f} tokens/s")
@@ -360,14 +365,13 @@ def train_step(
     state: TrainingState,
     step: int,
     batch: Batch,
-    group: ProcessGroup | None,
+    plan: CPPlan,
     device: torch.device,
     interrupt: Interrupt | None,
 ) -> tuple[float, bool]:
     """One optimizer step; returns the loss over all ranks, and whether any rank was interrupted."""
     for parameters in state.optimizer.param_groups:
         parameters["lr"] = args.lr * min(1.0, (step + 1) / 10)
-    plan = make_cp_plan(len(batch.tokens), group=group, cu_seqlens=batch.cu_seqlens)
     tokens = plan.shard(batch.tokens.to(device))
     labels = plan.shard(batch.labels.to(device), fill=IGNORED)
     with torch.autocast(device.type, torch.bfloat16, enabled=args.dtype == "bfloat16"):
@@ -379,9 +383,9 @@ def train_step(
     loss.backward()
     interrupted = interrupt is not None and interrupt.seen
     totals = torch.stack([loss.detach().double(), loss.new_tensor(interrupted).double()])
-    if group is not None:
-        sum_gradients(state.model, group)
-        dist.all_reduce(totals, group=group)
+    if plan.group is not None:
+        sum_gradients(state.model, plan.group)
+        dist.all_reduce(totals, group=plan.group)
     state.optimizer.step()
     state.optimizer.zero_grad(set_to_none=True)
     total, stop = totals.tolist()

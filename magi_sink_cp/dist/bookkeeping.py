@@ -11,11 +11,13 @@ from torch import Tensor
 
 @contextlib.contextmanager
 def plain_tensors() -> Iterator[None]:
-    """Tensors made here are ordinary ones of the CPU, unless their device is given.
+    """Tensors made here are ordinary ones, whatever inference_mode is in effect.
 
-    Whatever inference_mode, torch.device("meta") or torch.set_default_device is in effect.
+    Give each its device: torch.device("meta") or torch.set_default_device may be in effect too. (A
+    torch.device context here would pass every operation through Python, which takes longer than
+    the operations.)
     """
-    with torch.inference_mode(False), torch.no_grad(), torch.device("cpu"):
+    with torch.inference_mode(False), torch.no_grad():
         yield
 
 

@@ -309,7 +309,7 @@ class CPPlan:
         with plain_tensors():
             self.position_ids = _position_ids(blueprint, device)
             self.token_mask = torch.arange(self.local_tokens, device=device) < self.real_tokens
-            self.handle = torch.tensor(next(_numbers), dtype=torch.int64)
+            self.handle = torch.tensor(next(_numbers), dtype=torch.int64, device="cpu")
         transport_name = None if transport is None else transport.name
         self.agreement = Agreement(
             self.group_ref, device, f"{blueprint.digest[:16]}, {transport_name}"
@@ -586,7 +586,8 @@ def _position_ids(blueprint: CPBlueprint, device: torch.device) -> Tensor:
     runs = upload(torch.from_numpy(np.stack([first - (ends - size), size])), device)
     shift = torch.repeat_interleave(runs[0], runs[1], output_size=blueprint.real_tokens)
     position = torch.arange(blueprint.real_tokens, device=device) + shift
-    return torch.nn.functional.pad(position, (0, blueprint.local_tokens - len(position)))
+    padding = blueprint.local_tokens - blueprint.real_tokens
+    return torch.nn.functional.pad(position, (0, padding)) if padding else position
 
 
 def _ints(cu_seqlens: object) -> tuple[int, ...]:

@@ -690,3 +690,16 @@ def test_fa2_pads_an_odd_head_dim():
     plain = Case(**{**vars(case), "sink": None})
     bound = errors(run_drop_in("fa2_func_with_sink", plain), truth(plain))
     assert_within_plain(run_drop_in("fa2_func_with_sink", case), truth(case), bound)
+
+
+def test_lengths_converted_under_inference_mode_serve_training():
+    """A tensor that is made under inference_mode could not be saved for backward."""
+    q = torch.randn(300, 8, 64, device="cuda", dtype=torch.bfloat16)
+    offsets = torch.tensor([0, 120, 300], device="cuda")
+    lengths = {"cu_seqlens_q": offsets, "cu_seqlens_k": offsets}
+    with torch.inference_mode():
+        expected = magi_sink_cp.attention_with_sink(q, q, q, causal=True, **lengths)
+    q.requires_grad_()
+    out = magi_sink_cp.attention_with_sink(q, q, q, causal=True, **lengths)
+    out.sum().backward()
+    assert torch.equal(out, expected)

@@ -305,6 +305,29 @@ def test_what_the_sanitizer_watches_runs(monkeypatch):
     importlib.import_module("sanitize").kernels(37, 3, 80, "cpu")
 
 
+def test_simulate_runs_the_planner_of_every_rank(tmp_path):
+    lengths = tmp_path / "lengths"
+    lengths.write_text("700\n0\n300\n24\n")
+    command = [sys.executable, "scripts/simulate.py", "--cp", "2", "5", "--tokens", "1024"]
+    command += ["--window", "64", "--out", str(tmp_path)]
+    for documents in (str(lengths), "one", "published"):
+        result = subprocess.run(
+            [*command, "--documents", documents], cwd=ROOT, capture_output=True, text=True
+        )
+        assert result.returncode == 0, result.stderr
+        with (tmp_path / "simulate.csv").open() as file:
+            rows = list(csv.DictReader(file))
+        assert [row["ranks"] for row in rows] == ["2"] * 4 + ["5"] * 4
+        assert all(float(row["balance"]) >= 1 for row in rows)
+        assert all(float(row["buffers_over_own"]) <= 8 for row in rows)
+    lengths.write_text("3\n")
+    result = subprocess.run(
+        [*command, "--documents", str(lengths)], cwd=ROOT, capture_output=True, text=True
+    )
+    assert result.returncode == 2
+    assert "must hold lengths >= 0 that sum up to 1024" in result.stderr
+
+
 @pytest.mark.parametrize("script", ["bench.py", "sanitize.py"])
 def test_scripts_that_need_a_gpu_refuse_without_one(tmp_path, script):
     if torch.cuda.is_available():

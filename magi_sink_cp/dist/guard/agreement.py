@@ -141,8 +141,12 @@ def all_gather(mine: Tensor, group: ProcessGroup, what: str) -> Tensor:
     ``what`` is what an error names.
     """
     gathered = mine.new_empty(dist.get_world_size(group), mine.numel())
-    gather = Communication(
-        what, group, mine.is_cuda, lambda: [dist.all_gather(list(gathered), mine, group=group)]
-    )
+
+    def start() -> list[dist.Work | None]:
+        if mine.is_cuda:  # in one piece; gloo of some versions takes a list alone
+            return [dist.all_gather_into_tensor(gathered.view(-1), mine, group=group)]
+        return [dist.all_gather(list(gathered), mine, group=group)]
+
+    gather = Communication(what, group, mine.is_cuda, start)
     gather.wait()
     return gathered

@@ -129,7 +129,7 @@ class GroupAgreement:
             gathered = all_gather(mine, group, f"{what}: comparing arguments over the cp group")
             if device.type != "cuda":
                 return _Gathered(what, gathered, None)
-            headers = torch.empty(gathered.shape, dtype=torch.uint8, pin_memory=True)
+            headers = torch.empty(gathered.shape, dtype=torch.uint8, device="cpu", pin_memory=True)
             headers.copy_(gathered, non_blocking=True)
             arrival = torch.cuda.Event()
             arrival.record()

@@ -107,7 +107,8 @@ def _upload(
     sizes = [len(offsets) for pair in pairs for offsets in pair]
     starts = [0, *itertools.accumulate(size + -size % _ALIGNED_OFFSETS for size in sizes)]
     with plain_tensors():
-        host = torch.zeros(starts[-1], dtype=torch.int32, pin_memory=device.type == "cuda")
+        pinned = device.type == "cuda"
+        host = torch.zeros(starts[-1], dtype=torch.int32, device="cpu", pin_memory=pinned)
         values = host.numpy()
         for start, offsets in zip(starts, itertools.chain.from_iterable(pairs), strict=False):
             values[start : start + len(offsets)] = offsets
