@@ -2,8 +2,8 @@
 
     python scripts/plot.py [--data docs/benchmarks]
 
-Writes kernel.png, functions.png, dist.png and dist_trace.png beside the CSV files of these names,
-whichever are there.
+Writes kernel.png, functions.png, dist.png, dist_trace.png, masks.png and plan.png beside the CSV
+files of these names, whichever are there.
 """
 
 from __future__ import annotations
@@ -206,11 +206,51 @@ def draw_trace(rows: list[dict[str, str]]) -> Any:
     return figure
 
 
+def draw_plan(rows: list[dict[str, str]]) -> Any:
+    """What a new plan costs the host, now and before, and a training step."""
+    figure, (host, steps) = plt.subplots(1, 2, figsize=(10, 3.6))
+    sizes = list(
+        dict.fromkeys(
+            (int(row["tokens"]), row["ranks"]) for row in rows if "host" in row["measured"]
+        )
+    )
+    for offset, (suffix, color) in enumerate((("", BLUE), (", before", GREY))):
+        named = [row for row in rows if row["measured"] == f"host: a new plan{suffix}"]
+        values = [float(row["median_us"]) / 1e3 for row in named]
+        places = [place + 0.4 * offset for place in range(len(values))]
+        host.bar(places, values, 0.38, color=color, label="commit 1f894d0" if suffix else "now")
+    host.set_xticks(
+        [place + 0.2 for place in range(len(sizes))],
+        [f"{tokens >> 20}M tokens\n{ranks} ranks" for tokens, ranks in sizes],
+    )
+    host.set(yscale="log", ylabel="ms of host time", title="a new plan, one core")
+    host.legend()
+    extra = [row for row in rows if row["measured"].endswith(", extra")]
+    names = [row["measured"].removeprefix("step over ").removesuffix(", extra") for row in extra]
+    values = [float(row["median_us"]) / 1e3 for row in extra]
+    steps.barh(names[::-1], values[::-1], color=ORANGE)
+    steps.set(xlabel="ms a step over known plans", title="new documents in each step, two GPUs")
+    return figure
+
+
+def draw_masks(rows: list[dict[str, str]]) -> Any:
+    """How much longer the alternatives to slices take."""
+    figure, axis = plt.subplots(figsize=(7, 3.2))
+    ratios = [row for row in rows if " over slices, " in row["measured"]]
+    names = [f"{row['measured'].replace(' over slices', '')}, {row['tokens']}" for row in ratios]
+    axis.barh(names[::-1], [float(row["percent"]) / 100 for row in ratios][::-1], color=GREEN)
+    axis.axvline(1, color=GREY)
+    axis.set(xlabel="time over that of slices")
+    return figure
+
+
 PICTURES = {
     "kernel": draw_kernel,
     "functions": draw_functions,
     "dist": draw_dist,
     "dist_trace": draw_trace,
+    "masks": draw_masks,
+    "plan": draw_plan,
 }
 
 if __name__ == "__main__":
