@@ -58,8 +58,8 @@ def cp_attention_with_sink(
             for forward and for backward (magi_sink_cp/dist/planning/cost.py).
         grad_reduce_dtype: in which dk and dv of several ranks are added: torch.float32 (default;
             fp64 for fp64 inputs), or the dtype of k, which saves memory and rounds after each.
-        checks: when the ranks compare their arguments. "auto": as under Raises. "always": in every
-            call, forward and backward, for debugging.
+        checks: when the ranks compare their arguments. "auto": as under Raises. "always": at once
+            in every call, forward and backward, for debugging.
         sink_layout, softmax_scale, softcap, deterministic, backend, return_lse: as in
             attention_with_sink.
 
@@ -70,8 +70,10 @@ def cp_attention_with_sink(
     Raises:
         TypeError, ValueError: an argument is invalid on some rank, or the ranks differ in their
             arguments. Raised on every rank before any data moves: every time on a CPU group; on
-            GPUs when the plan sees the arguments for the first time. A ``plan`` that is no plan
-            raises on its rank alone.
+            GPUs when the plan sees the arguments for the first time, and the group has seen fewer
+            than eight plans with such arguments. Later differences raise when they have been read,
+            at the latest in the plan's last backward or the next make_cp_plan (docs/concepts.md).
+            A ``plan`` that is no plan raises on its rank alone.
         RuntimeError: a transfer failed or took longer than the group's timeout (on GPUs,
             make_cp_plan's ``on_hang`` says what happens instead); or, in backward, a second
             derivative is asked for.

@@ -223,7 +223,7 @@ def draw_plan(rows: list[dict[str, str]]) -> Any:
         [place + 0.2 for place in range(len(sizes))],
         [f"{tokens >> 20}M tokens\n{ranks} ranks" for tokens, ranks in sizes],
     )
-    host.set(yscale="log", ylabel="ms of host time", title="a new plan, one core")
+    host.set(yscale="log", ylim=(1, 3000), ylabel="ms of host time", title="a new plan, one core")
     host.legend()
     extra = [row for row in rows if row["measured"].endswith(", extra")]
     names = [row["measured"].removeprefix("step over ").removesuffix(", extra") for row in extra]

@@ -125,7 +125,8 @@ def make_cp_plan(
     """Plan how a sequence, and its mask, are spread over the ranks of a cp group.
 
     Every rank of the group must call this with the same arguments. One small all-gather checks that
-    they do.
+    they do. On GPUs its result is read late once the group has agreed on eight plans
+    (docs/concepts.md).
 
     Args:
         total_tokens: tokens of the whole sequence, before padding. Any number. Or the blueprint of
