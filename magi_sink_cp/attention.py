@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -145,12 +146,25 @@ def _plan_of_slices(q: Tensor, k: Tensor, mask_slices: Sequence[Slice]) -> CPPla
             "q and k must have the same tokens beside mask_slices, got "
             f"{tuple(q.shape)} and {tuple(k.shape)}"
         )
-    try:
-        key = q.shape[-3], tuple(mask_slices)
-        plan = _plans.get(key)
-    except TypeError:  # lists in them, or no slices at all
-        key = q.shape[-3], check_slices(q.shape[-3], mask_slices)
-        plan = _plans.get(key)
+    total = q.shape[-3]
+    slices = tuple(mask_slices) if isinstance(mask_slices, Iterable) else mask_slices
+    if not _are_plain(slices):  # what is equal to ints may not be one, or change
+        slices = check_slices(total, slices)
+    plan = _plans.get((total, slices))
     if plan is None:
-        plan = _plans[key] = make_cp_plan(q.shape[-3], mask_slices=mask_slices)
+        plan = _plans[total, slices] = make_cp_plan(total, mask_slices=slices)
     return plan
+
+
+def _are_plain(slices: Any) -> bool:
+    """Whether these are nested tuples of ints and a str."""
+    try:
+        return all(
+            type(one) is tuple
+            and type(kind) is str
+            and all(type(span) is tuple and {*map(type, span)} == {int} for span in spans)
+            for one in slices
+            for *spans, kind in [one]
+        )
+    except (TypeError, ValueError):
+        return False

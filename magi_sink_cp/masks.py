@@ -14,7 +14,7 @@ import operator
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-from magi_sink_cp.dist.planning.mask import Range, Slice, bands_of_slices, check_slices
+from magi_sink_cp.dist.planning.mask import FAR, Range, Slice, bands_of_slices, check_slices
 
 __all__ = [
     "block_causal",
@@ -233,11 +233,11 @@ def draw(mask_slices: Sequence[Slice], total_tokens: int | None = None) -> str:
     Raises:
         TypeError, ValueError: the slices are invalid, or two of them share a pair.
     """
+    total = FAR if total_tokens is None else _count("total_tokens", total_tokens, 0)
+    slices = check_slices(total, mask_slices)
     if total_tokens is None:
-        ends = [int(edge) for q, k, _ in mask_slices for edge in (q[1], k[1])]
-        total_tokens = max(ends, default=0)
-    total = _count("total_tokens", total_tokens, 0)
-    bands = bands_of_slices(check_slices(total, mask_slices))
+        total = max((max(q[1], k[1]) for q, k, _ in slices), default=0)
+    bands = bands_of_slices(slices)
     size = -(-total // _DRAWN) if total > _DRAWN else 1
     cuts = list(range(0, total, size))
     rows = []

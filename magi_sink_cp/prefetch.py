@@ -89,6 +89,17 @@ def prefetch_plans(
             raise TypeError(
                 f"{name} must be a function of a batch or None, got {type(function).__name__}"
             )
+    windows = list(windows)
+    check_blueprint_arguments(
+        0,
+        cp_size=1,
+        rank=0,
+        cu_seqlens=None,
+        mask_slices=None,
+        position_ids=None,
+        layout=layout,
+        windows=windows,
+    )
     return PlanPrefetcher(
         batches,
         process_group(group),
@@ -184,7 +195,13 @@ class PlanPrefetcher(Generic[Batch]):
         given = {name: function(batch) for name, function in self._functions.items()}
         total = given.pop("total_tokens", None)
         if total is None:
-            total = int(given["cu_seqlens"][-1])
+            offsets = given.get("cu_seqlens")
+            if offsets is None or len(offsets) == 0:
+                raise ValueError(
+                    "cu_seqlens must return offsets for each batch, or total_tokens be given, got "
+                    f"{offsets!r}"
+                )
+            total = int(offsets[-1])
         group = self._group
         options = {"cu_seqlens": None, "mask_slices": None, "position_ids": None}
         what, cp_size, rank, windows, _ = check_blueprint_arguments(

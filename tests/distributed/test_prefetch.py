@@ -135,6 +135,12 @@ def test_exceptions_of_the_batches_come_in_their_place(error):
     wait_until_ended()
 
 
+@pytest.mark.parametrize("offsets", [None, []])
+def test_batches_without_offsets_are_refused(offsets):
+    with pytest.raises(ValueError, match="cu_seqlens must return offsets for each batch"):
+        list(prefetch_plans([offsets], cu_seqlens=first))
+
+
 def test_an_exception_in_the_loop_ends_the_thread():
     def loop():
         for _ in prefetch_plans([offsets_of(n) for n in range(9)], cu_seqlens=first):
@@ -214,6 +220,8 @@ def body_differ(group, device) -> None:
         ({"cu_seqlens": [0, 4]}, TypeError, "cu_seqlens must be a function of a batch or None"),
         ({"cu_seqlens": first, "depth": 0}, ValueError, "depth must be an int >= 1, got 0"),
         ({"cu_seqlens": first, "group": 3}, TypeError, "group must be a ProcessGroup"),
+        ({"cu_seqlens": first, "layout": "ring"}, ValueError, "layout must be one of"),
+        ({"cu_seqlens": first, "windows": (3,)}, ValueError, "window_size must be two ints"),
     ],
 )
 def test_wrong_arguments(options, error, message):

@@ -58,6 +58,9 @@ MASKS = {
         24, [((3, 7), (5, 12), "inv_causal"), ((7, 9), (0, 8), "bi_causal")]
     ),
     "others' keys alone": (32, [((0, 16), (16, 32), "full"), ((16, 32), (0, 16), "causal")]),
+    "rows that see nothing between others": (
+        24, [((lo, lo + 2), (lo, lo + 2), "causal") for lo in range(0, 24, 4)]
+    ),
     "nothing": (10, []),
 }  # fmt: skip
 

@@ -12,7 +12,7 @@ KINDS = st.sampled_from(["full", "causal", "inv_causal", "bi_causal"])
 
 @st.composite
 def slices_of(draw, total: int):
-    """Slices that share no pair: rectangles of a grid, with any type."""
+    """Slices that share no pair: rectangles of a grid and others, with any type."""
     q_cuts = sorted({0, total, *draw(st.lists(st.integers(0, total), max_size=3))})
     found = []
     for q in itertools.pairwise(q_cuts):
@@ -20,6 +20,14 @@ def slices_of(draw, total: int):
         for k in itertools.pairwise(k_cuts):
             if draw(st.booleans()):
                 found.append((q, k, draw(KINDS)))
+    for _ in range(draw(st.integers(0, 5)) if total else 0):
+        spans = [
+            (lo, draw(st.integers(lo + 1, total)))
+            for lo in (draw(st.integers(0, total - 1)) for _ in range(2))
+        ]
+        one = (*spans, draw(KINDS))
+        if dense([*found, one], total).max() <= 1:
+            found.append(one)
     return draw(st.permutations(found))
 
 

@@ -130,6 +130,8 @@ def results(call, inputs):
         (40, masks.global_tokens([0, 25, 40], 3, 5)),
         (40, masks.prefix_lm([0, 25, 40], [11, 4])),
         (12, [((3, 7), (5, 12), "inv_causal"), ((7, 9), (0, 8), "bi_causal")]),  # rows see nothing
+        (3, [((0, 1), (0, 1), "causal"), ((2, 3), (2, 3), "causal")]),  # one call for both
+        (6, [((0, 2), (0, 2), "causal"), ((4, 6), (4, 6), "causal")]),
         (5, []),
     ],
 )
@@ -196,6 +198,26 @@ def test_what_slices_do_not_go_with():
     ):
         with pytest.raises(error, match=message):
             make_cp_plan(6, mask_slices=wrong)
+
+
+def test_slices_are_read_once_and_planned_as_they_are_now():
+    q, k, v, sink = tensors(6)
+    slices = masks.documents([0, 6])
+    expected = attention_with_sink(q, k, v, sink, causal=False, mask_slices=slices)
+    for same in ((x for x in slices), [[[0, 6], [0, 6], "causal"]], tuple(slices)):
+        assert torch.equal(attention_with_sink(q, k, v, sink, mask_slices=same), expected)
+    end = torch.tensor(4)
+    by_tensor = [((0, end), (0, end), "full")]
+    before = attention_with_sink(q, k, v, sink, mask_slices=by_tensor)
+    end.fill_(6)
+    assert not torch.equal(attention_with_sink(q, k, v, sink, mask_slices=by_tensor), before)
+    with pytest.raises(TypeError, match=r"mask_slices\[0\] must be"):
+        attention_with_sink(q, k, v, sink, mask_slices=[((0.0, 6.0), (0, 6), "causal")])
+    with pytest.raises(TypeError, match="mask_slices must be a sequence"):
+        attention_with_sink(q, k, v, sink, mask_slices=6)
+    assert "x" in masks.draw(x for x in slices)
+    with pytest.raises(TypeError, match=r"mask_slices\[0\] must be"):
+        masks.draw([(0, 1)])
 
 
 def test_positions_of_slices():

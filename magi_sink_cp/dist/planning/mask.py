@@ -172,6 +172,15 @@ def overlaps(lo: Ints, hi: Ints, start: Ints, stop: Ints) -> tuple[Ints, Ints]:
     return expand(first, count)
 
 
+def covered(lo: Ints, hi: Ints) -> tuple[Ints, Ints]:
+    """(starts, stops) of the sorted disjoint ranges that cover what [lo, hi) do."""
+    order = np.argsort(lo, kind="stable")
+    lo, reach = lo[order], np.maximum.accumulate(hi[order])
+    first = np.flatnonzero(np.concatenate([[True], lo[1:] > reach[:-1]])[: len(lo)])
+    last = np.append(first[1:], len(lo))[: len(first)] - 1
+    return lo[first], reach[last]
+
+
 def expand(first: Ints, count: Ints) -> tuple[Ints, Ints]:
     """(i, first[i] + 0 … count[i] - 1) for every i, one after the other."""
     owner = np.repeat(np.arange(len(count)), count)

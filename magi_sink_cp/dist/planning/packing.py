@@ -11,7 +11,8 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from magi_sink_cp.dist.planning.mask import FAR, Ints, Range, Window
+from magi_sink_cp.dist.planning.layout import union
+from magi_sink_cp.dist.planning.mask import FAR, Ints, Range, Window, covered
 
 Flags = NDArray[np.bool_]
 
@@ -72,7 +73,7 @@ class Packed(NamedTuple):
 
     Attributes:
         stages: the calls of each stage; those that own their rows come first.
-        owned: sorted disjoint ranges of rows that a call owns.
+        owned: sorted disjoint ranges of rows that a call owns, rows between its segments included.
     """
 
     stages: tuple[tuple[KernelCall, ...], ...]
@@ -90,18 +91,14 @@ def pack(stages: Sequence[Segments], owning_stages: int, large_rows: int | None 
     joined = [_join(segments) for segments in stages]
     owners = _choose_owners(joined[:owning_stages])
     owners += [np.zeros(len(s.row_lo), dtype=bool) for s in joined[owning_stages:]]
-    lo = np.concatenate([s.row_lo[owns] for s, owns in zip(joined, owners, strict=True)])
-    hi = np.concatenate([s.row_hi[owns] for s, owns in zip(joined, owners, strict=True)])
-    order = np.argsort(lo, kind="stable")
-    starts, stops = lo[order], hi[order]
+    # Where rows see something, in any stage.
+    seen = covered(*(np.concatenate([s[edge] for s in joined]) for edge in range(2)))
     calls = tuple(
-        tuple(_calls(segments, owns, starts, large_rows))
+        tuple(_calls(segments, owns, seen, large_rows))
         for segments, owns in zip(joined, owners, strict=True)
     )
-    begins = np.concatenate([[True], starts[1:] != stops[:-1]])[: len(starts)]
-    ends = np.concatenate([starts[1:] != stops[:-1], [True]])[: len(starts)]
-    owned = zip(starts[begins].tolist(), stops[ends].tolist(), strict=True)
-    return Packed(calls, tuple(owned))
+    owned = union([call.rows for stage in calls for call in stage if call.owns_rows])
+    return Packed(calls, owned)
 
 
 def _join(segments: Segments) -> Segments:
@@ -193,7 +190,7 @@ def _choose_owners(stages: Sequence[Segments]) -> list[Flags]:
 
 
 def _calls(
-    segments: Segments, owners: Flags, owner_starts: Ints, large_rows: int | None
+    segments: Segments, owners: Flags, seen: tuple[Ints, Ints], large_rows: int | None
 ) -> Iterator[KernelCall]:
     """The calls of one stage."""
     s = segments
@@ -201,19 +198,20 @@ def _calls(
         return
     order = np.lexsort((s.key_hi, s.key_lo, s.row_hi, s.row_lo, s.right, s.left, ~owners))
     s, owns = s.at(order), owners[order]
-    groups = _group(s, owns, owner_starts, large_rows)
+    groups = _group(s, owns, seen, large_rows)
     groups.sort(key=lambda group: (not owns[group[0]], s.row_lo[group[0]], s.key_lo[group[0]]))
     for group in groups:
         yield _call(s.at(group), bool(owns[group[0]]))
 
 
 def _group(
-    s: Segments, owns: Flags, owner_starts: Ints, large_rows: int | None
+    s: Segments, owns: Flags, seen: tuple[Ints, Ints], large_rows: int | None
 ) -> list[NDArray[np.intp]]:
     """Segments of one window that ascend in rows and keys.
 
     Rows between two segments of a call are computed for nothing, so there may be no more of them
-    than the two segments hold. Those of a call that owns its rows must have no owner.
+    than the two segments hold. A call that owns its rows also owns those between, so there they may
+    see nothing, in any stage: ``seen`` are the (starts, stops) of rows that do.
 
     Segments that fit their neighbour make a run. A run goes to the first of the latest calls that
     it fits, so this takes n log n steps.
@@ -229,8 +227,8 @@ def _group(
         row_hi=s.row_hi,
         key_lo=s.key_lo,
         key_hi=s.key_hi,
-        owners_begun=np.where(owns, np.searchsorted(owner_starts, s.row_lo), 0),
-        owners_ended=np.where(owns, np.searchsorted(owner_starts, s.row_hi), 0),
+        begun=np.where(owns, np.searchsorted(seen[0], s.row_lo), 0),
+        ended=np.where(owns, np.searchsorted(seen[1], s.row_hi, side="right"), 0),
         room=np.where(owns, FAR, rows),
         small=np.full(len(rows), True) if large_rows is None else rows < large_rows,
     )
@@ -259,8 +257,8 @@ class _Ends(NamedTuple):
     Attributes:
         kind: equal where window and ownership are.
         row_lo, row_hi, key_lo, key_hi: of the segment.
-        owners_begun, owners_ended: how many owners begin before it, and before it ends; 0 if it
-            owns no rows.
+        begun, ended: how many ranges of rows that see something begin before it, and end up to its
+            end; 0 if it owns no rows.
         room: how many rows without a segment it allows beside it.
         small: not a call of its own.
     """
@@ -270,8 +268,8 @@ class _Ends(NamedTuple):
     row_hi: Any
     key_lo: Any
     key_hi: Any
-    owners_begun: Any
-    owners_ended: Any
+    begun: Any
+    ended: Any
     room: Any
     small: Any
 
@@ -283,7 +281,7 @@ def _fits(last: _Ends, new: _Ends) -> Any:
         (last.kind == new.kind)
         & (gap >= 0)
         & (gap <= last.room + new.room)
-        & (last.owners_ended == new.owners_begun)
+        & ((gap == 0) | (last.ended == new.begun))
         & (new.key_lo >= last.key_hi)
         & (last.small | new.small)
     )

@@ -40,7 +40,7 @@ from numpy.typing import NDArray
 
 from magi_sink_cp.dist.planning.exchange import Exchange, Message, Route, Schedule, Stage
 from magi_sink_cp.dist.planning.layout import Places, RankRanges, num_tokens, places
-from magi_sink_cp.dist.planning.mask import FAR, Bands, Ints, band_pairs, overlaps
+from magi_sink_cp.dist.planning.mask import FAR, Bands, Ints, band_pairs, covered, overlaps
 from magi_sink_cp.dist.planning.packing import Flags, Segments, pack
 
 
@@ -246,15 +246,9 @@ class Mask:
         """What every rank sees, cut where its holder changes."""
         p = self._pieces
         span = int(self._places.hi.max(initial=0)) + 1  # apart: the ranks' tokens
-        order = np.argsort(p.rank * span + p.key_lo, kind="stable")
-        lo, hi = (p.rank * span + edge for edge in (p.key_lo, p.key_hi))
-        lo, hi = lo[order], hi[order]
-        reach = np.maximum.accumulate(hi)
-        begins = np.concatenate([[True], lo[1:] > reach[:-1]])[: len(lo)]
-        first = np.flatnonzero(begins)
-        last = np.concatenate([first[1:], [len(lo)]])[: len(first)] - 1
-        target = p.rank[order][first]
-        lo, hi = lo[first] - target * span, reach[last] - target * span
+        lo, hi = covered(p.rank * span + p.key_lo, p.rank * span + p.key_hi)
+        target = lo // span
+        lo, hi = lo - target * span, hi - target * span
         seen, at = overlaps(lo, hi, self._places.lo, self._places.hi)
         start, stop = (
             np.maximum(lo[seen], self._places.lo[at]),

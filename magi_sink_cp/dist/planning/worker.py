@@ -36,10 +36,15 @@ class Worker:
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._process = subprocess.Popen(
-            [sys.executable, "-c", f"import {__name__} as worker; worker.main()"],
+            [
+                sys.executable,
+                "-c",
+                f"import sys; sys.path[:] = {sys.path!r}; import {__name__} as worker; "
+                "worker.main()",
+            ],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
-            env={**os.environ, "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": os.pathsep.join(sys.path)},
+            env={**os.environ, "CUDA_VISIBLE_DEVICES": ""},
             start_new_session=True,  # Ctrl-C is for the loop; this ends with its input
         )
         self._ready = threading.Event()
@@ -113,15 +118,13 @@ def serve(requests: IO[bytes], answers: IO[bytes]) -> None:
             answer = make_ahead(request)
         except Exception as error:
             answer = error
-        try:
-            pickle.dump(answer, answers, protocol=pickle.HIGHEST_PROTOCOL)
-            answers.flush()
-        except BrokenPipeError:  # the caller has ended
-            return
+        pickle.dump(answer, answers, protocol=pickle.HIGHEST_PROTOCOL)
+        answers.flush()
 
 
 def main() -> None:
     """The process."""
     answers = os.fdopen(os.dup(1), "wb")
     os.dup2(2, 1)  # what is printed must not stand among the answers
-    serve(sys.stdin.buffer, answers)
+    with contextlib.suppress(BrokenPipeError):  # the caller has ended
+        serve(sys.stdin.buffer, answers)
