@@ -179,7 +179,10 @@ def origin_of(args: argparse.Namespace) -> Row:
         "command": shlex.join(
             [
                 "scripts/bench.py",
-                *("DIR" if word == str(args.out) else word for word in sys.argv[1:]),
+                *(
+                    {str(args.out): "DIR", str(args.before): "BEFORE"}.get(word, word)
+                    for word in sys.argv[1:]
+                ),
             ]
         ),
     }
