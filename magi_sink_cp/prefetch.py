@@ -90,16 +90,7 @@ def prefetch_plans(
                 f"{name} must be a function of a batch or None, got {type(function).__name__}"
             )
     windows = list(windows)
-    check_blueprint_arguments(
-        0,
-        cp_size=1,
-        rank=0,
-        cu_seqlens=None,
-        mask_slices=None,
-        position_ids=None,
-        layout=layout,
-        windows=windows,
-    )
+    check_blueprint_arguments(0, cp_size=1, rank=0, layout=layout, windows=windows)
     return PlanPrefetcher(
         batches,
         process_group(group),
@@ -203,12 +194,12 @@ class PlanPrefetcher(Generic[Batch]):
                 )
             total = int(offsets[-1])
         group = self._group
-        options = {"cu_seqlens": None, "mask_slices": None, "position_ids": None}
         what, cp_size, rank, windows, _ = check_blueprint_arguments(
             total,
             cp_size=1 if group is None else dist.get_world_size(group),
             rank=0 if group is None else dist.get_rank(group),
-            **{**options, **given, **self._blueprint_options},
+            **given,
+            **self._blueprint_options,
         )
         asked = [] if self._latest is None else self._latest.asked
         request = what, cp_size, rank, windows, asked

@@ -17,8 +17,8 @@ from torch.distributed import ProcessGroup
 from torch.distributed.device_mesh import DeviceMesh
 
 from magi_sink_cp.dist.bookkeeping import plain_tensors, upload
-from magi_sink_cp.dist.guard.agreement import GroupRef, agree, backends_of, group_device
-from magi_sink_cp.dist.guard.late import Agreement, group_agreement
+from magi_sink_cp.dist.guard.agreement import GroupRef, backends_of, group_device
+from magi_sink_cp.dist.guard.late import Agreement, agree_outside_plans
 from magi_sink_cp.dist.guard.watchdog import ON_HANG, set_on_hang
 from magi_sink_cp.dist.planning.blueprint import CPBlueprint, PlanInput, make_blueprint
 from magi_sink_cp.dist.planning.layout import LAYOUTS
@@ -41,6 +41,7 @@ from magi_sink_cp.kernels.checks import (
 )
 from magi_sink_cp.kernels.lengths import as_cu_seqlens, check_offsets, read_cu_seqlens
 
+_MAKE = "make_cp_plan"
 UNSHARD = "CPPlan.unshard (or shard's backward)"
 
 _EXCHANGES = (
@@ -94,11 +95,11 @@ def check_blueprint_arguments(
     *,
     cp_size: int,
     rank: int,
-    cu_seqlens: Tensor | Sequence[int] | None,
-    mask_slices: Sequence[Slice] | None,
-    position_ids: Tensor | Sequence[int] | None,
     layout: str,
     windows: Sequence[Sequence[int | None]],
+    cu_seqlens: Tensor | Sequence[int] | None = None,
+    mask_slices: Sequence[Slice] | None = None,
+    position_ids: Tensor | Sequence[int] | None = None,
 ) -> Request:
     """The arguments of make_cp_blueprint, checked, as another process can be given them."""
     size, place = as_int(cp_size), as_int(rank)
@@ -231,13 +232,8 @@ def _agree_on_plan(group: ProcessGroup, blueprint: CPBlueprint, transport: str) 
     symmetric = known_symmetric_memory(group)
     if symmetric is not None:
         record[_EXCHANGES] = symmetric.exchanges
-    if group_device(group).type == "cpu":
-        agree(record, group, "make_cp_plan")
-    else:
-        agreement = group_agreement(group)
-        agreement.read(wait=True)
-        failed = symmetric is not None and symmetric.has_failed
-        agreement.compare(record, f"make_cp_plan, {transport}", "make_cp_plan", at_once=failed)
+    failed = symmetric is not None and symmetric.has_failed
+    agree_outside_plans(record, group, _MAKE, f"{_MAKE}, {transport}", at_once=failed)
     if symmetric is not None:
         symmetric.resume()
 
@@ -245,20 +241,12 @@ def _agree_on_plan(group: ProcessGroup, blueprint: CPBlueprint, transport: str) 
 def agree_on_end(group: ProcessGroup) -> None:
     """Raise on every rank if this one has come to the end of its batches and others have not."""
     what = "prefetch_plans, at the end of the batches"
-    if group_device(group).type == "cpu":
-        agree({}, group, what)
-    else:
-        agreement = group_agreement(group)
-        agreement.read(wait=True)
-        agreement.compare({}, what, what, at_once=True)
+    agree_outside_plans({}, group, what, what, at_once=True)
 
 
 def report_error(error: Exception, group: ProcessGroup) -> None:
     """Make the other ranks, which call make_cp_plan, raise too."""
-    if group_device(group).type == "cpu":
-        agree(error, group, "make_cp_plan")
-    else:
-        group_agreement(group).fail(error, "make_cp_plan")
+    agree_outside_plans(error, group, _MAKE, _MAKE)
 
 
 class CPPlan:

@@ -276,7 +276,7 @@ def agree_on_forward(plan: CPPlan, make_request: Callable[[], Request], always: 
     except Exception as error:
         plan.agreement.report_error(error, FORWARD, always)
         raise
-    plan.agreement.compare(request.signature.content, request.signature.key, FORWARD, always)
+    plan.agreement.compare(request.signature, FORWARD, always)
     plan.agreement.backwards_to_come += any(request.requires_grad)
     return request
 
@@ -288,6 +288,6 @@ def agree_on_backward(plan: CPPlan, number: int, always: bool) -> None:
     """
     if plan.agreement.compares_always(always):
         record = {"number of the forward call whose backward this is": number}
-        plan.agreement.compare(record, BACKWARD, BACKWARD, True)
+        plan.agreement.compare(Signature(BACKWARD, record), BACKWARD, True)
     else:
         plan.agreement.read_late()

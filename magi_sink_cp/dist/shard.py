@@ -42,8 +42,7 @@ def _unshard(x: Tensor, handle: Tensor, dim: int, total_tokens: int) -> Tensor:
     if plan.group is not None:
         others = [size for d, size in enumerate(x.shape) if d != dim % x.dim()]
         record = {"dim": dim, "shape but for dim": others, "dtype": str(x.dtype)}
-        signature = Signature(UNSHARD, record)
-        plan.agreement.compare(signature.content, signature.key, UNSHARD)
+        plan.agreement.compare(Signature(UNSHARD, record), UNSHARD)
         shape = plan.cp_size * plan.local_tokens, *local.shape[1:]
         if local.numel():
             what = f"{UNSHARD}: all-gather over the cp group"

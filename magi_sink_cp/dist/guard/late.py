@@ -28,7 +28,13 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from magi_sink_cp.dist.bookkeeping import plain_tensors, upload
-from magi_sink_cp.dist.guard.agreement import GroupRef, agree, all_gather, group_device
+from magi_sink_cp.dist.guard.agreement import (
+    GroupRef,
+    Signature,
+    agree,
+    all_gather,
+    group_device,
+)
 from magi_sink_cp.kernels.caching import BoundedCache
 
 # So many comparisons of a kind, one after the other without a difference, are read at once.
@@ -168,6 +174,28 @@ def group_agreement(group: ProcessGroup) -> GroupAgreement:
     return found
 
 
+def agree_outside_plans(
+    record: Mapping[str, object] | Exception,
+    group: ProcessGroup,
+    what: str,
+    kind: str,
+    at_once: bool = False,
+) -> None:
+    """Compare what belongs to no plan yet, or make the other ranks raise too.
+
+    The arguments are those of :meth:`GroupAgreement.compare`, or of :meth:`GroupAgreement.fail`.
+    """
+    if group_device(group).type == "cpu":
+        agree(record, group, what)
+        return
+    agreement = group_agreement(group)
+    if isinstance(record, Exception):
+        agreement.fail(record, what)
+    else:
+        agreement.read(wait=True)
+        agreement.compare(record, kind, what, at_once)
+
+
 class Agreement:
     """Compares the calls of one plan over its ranks, and remembers what they have agreed on.
 
@@ -188,13 +216,11 @@ class Agreement:
         """Whether every call is compared."""
         return self._group is not None and (always or self.in_every_call)
 
-    def compare(
-        self, content: Mapping[str, object], key: str, what: str, always: bool = False
-    ) -> None:
-        """Raise on every rank unless all ranks have this content; ``key`` identifies it."""
+    def compare(self, signature: Signature, what: str, always: bool = False) -> None:
+        """Raise on every rank unless all ranks have this signature."""
         if self._group is None:
             return
-        record = {"plan (sha256)": self._digest, **content}
+        key, record = signature.key, {"plan (sha256)": self._digest, **signature.content}
         if self.compares_always(always):
             with self._on_device():
                 agree(record, self._group(), what)

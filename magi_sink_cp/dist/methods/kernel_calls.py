@@ -11,7 +11,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from magi_sink_cp.dist.bookkeeping import plain_tensors
+from magi_sink_cp.dist.bookkeeping import plain_tensors, upload
 from magi_sink_cp.dist.planning.exchange import Exchange, Schedule
 from magi_sink_cp.dist.planning.mask import CAUSAL, FULL, Range
 from magi_sink_cp.dist.planning.packing import KernelCall
@@ -107,12 +107,11 @@ def _upload(
     sizes = [len(offsets) for pair in pairs for offsets in pair]
     starts = [0, *itertools.accumulate(size + -size % _ALIGNED_OFFSETS for size in sizes)]
     with plain_tensors():
-        pinned = device.type == "cuda"
-        host = torch.zeros(starts[-1], dtype=torch.int32, device="cpu", pin_memory=pinned)
+        host = torch.zeros(starts[-1], dtype=torch.int32, device="cpu")
         values = host.numpy()
         for start, offsets in zip(starts, itertools.chain.from_iterable(pairs), strict=False):
             values[start : start + len(offsets)] = offsets
-        whole = host.to(device, non_blocking=True)
+        whole = upload(host, device)
         tensors = [whole[start : start + size] for start, size in zip(starts, sizes, strict=False)]
     return list(zip(tensors[::2], tensors[1::2], strict=True))
 

@@ -196,9 +196,9 @@ class CPBlueprint:
         """What calls have asked for; another thread may read it."""
         return list(self._asked.copy())
 
-    def __getstate__(self) -> dict[str, Any]:
-        """Without the masks, which are large, and are made again where they are asked for."""
-        return {**self.__dict__, "_masks": {}}
+    def forget_masks(self) -> None:
+        """They are large, and are made again where they are asked for."""
+        self._masks.clear()
 
     def pass_schedules(
         self,
@@ -262,5 +262,5 @@ def make_blueprint(
     """The blueprint; what calls with ``windows`` will ask is made ahead."""
     blueprint = CPBlueprint(what, cp_size, rank)
     for window in windows:
-        blueprint.mask(FULL if what.mask_slices is not None else window).share()
+        blueprint.mask(FULL if what.mask_slices is not None else window)
     return blueprint

@@ -15,7 +15,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from magi_sink_cp.dist.planning.mask import Bands, Ints, Range, pairs_of_rows
+from magi_sink_cp.dist.planning.mask import Bands, Ints, Range, pairs_of_rows, take
 
 RankRanges = tuple[Range, ...]
 
@@ -180,7 +180,7 @@ class Places(NamedTuple):
 
     def of(self, rank: int) -> Places:
         """Those of one rank."""
-        return Places(*(array[self.rank == rank] for array in self))
+        return take(self, self.rank == rank)
 
 
 def places(layout: Sequence[RankRanges]) -> Places:

@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Iterable, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -33,6 +33,22 @@ FAR = 1 << 60
 SLICE_TYPES = ("full", "causal", "inv_causal", "bi_causal")
 # Queries, keys, type.
 Slice = tuple[Range, Range, str]
+
+
+Flags = NDArray[np.bool_]
+# A NamedTuple of arrays of one length.
+Table = TypeVar("Table", bound=tuple[Any, ...])
+
+
+def take(table: Table, index: Flags | NDArray[np.intp] | slice) -> Table:
+    """The same table with these rows alone."""
+    return type(table)(*(column[index] for column in table))
+
+
+def runs(continues: Flags) -> tuple[NDArray[np.intp], NDArray[np.intp]]:
+    """(first, last) of the runs of items; ``continues``: whether each but the first goes on one."""
+    first = np.flatnonzero(np.concatenate([[True], ~continues]))
+    return first, np.append(first[1:], len(continues) + 1) - 1
 
 
 class Bands(NamedTuple):
@@ -108,8 +124,7 @@ def _with_whole_windows(b: Bands) -> Bands:
     """
     if len(b.lo) < 2:
         return b
-    one = Bands(*(array[:-1] for array in b))
-    two = Bands(*(array[1:] for array in b))
+    one, two = take(b, slice(-1)), take(b, slice(1, None))
     continues = (
         (one.q_hi == two.q_lo)
         & (one.hi == two.hi)
@@ -151,10 +166,9 @@ def band_pairs(bands: Bands) -> Ints:
 def pairs_of_rows(bands: Bands, edges: Ints) -> Ints:
     """Visible pairs of the rows between each two neighbours of the ascending ``edges``."""
     band, chunk = overlaps(bands.q_lo, bands.q_hi, edges[:-1], edges[1:])
-    parts = Bands(
-        np.maximum(bands.q_lo[band], edges[chunk]),
-        np.minimum(bands.q_hi[band], edges[chunk + 1]),
-        *(array[band] for array in bands[2:]),
+    parts = take(bands, band)
+    parts = parts._replace(
+        q_lo=np.maximum(parts.q_lo, edges[chunk]), q_hi=np.minimum(parts.q_hi, edges[chunk + 1])
     )
     # Exact below 2**53, and weights of work above.
     pairs = np.bincount(chunk, band_pairs(parts).astype(np.float64), minlength=len(edges) - 1)
@@ -174,10 +188,11 @@ def overlaps(lo: Ints, hi: Ints, start: Ints, stop: Ints) -> tuple[Ints, Ints]:
 
 def covered(lo: Ints, hi: Ints) -> tuple[Ints, Ints]:
     """(starts, stops) of the sorted disjoint ranges that cover what [lo, hi) do."""
+    if not len(lo):
+        return lo, hi
     order = np.argsort(lo, kind="stable")
     lo, reach = lo[order], np.maximum.accumulate(hi[order])
-    first = np.flatnonzero(np.concatenate([[True], lo[1:] > reach[:-1]])[: len(lo)])
-    last = np.append(first[1:], len(lo))[: len(first)] - 1
+    first, last = runs(lo[1:] <= reach[:-1])
     return lo[first], reach[last]
 
 

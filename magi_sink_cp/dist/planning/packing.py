@@ -12,9 +12,16 @@ import numpy as np
 from numpy.typing import NDArray
 
 from magi_sink_cp.dist.planning.layout import union
-from magi_sink_cp.dist.planning.mask import FAR, Ints, Range, Window, covered
-
-Flags = NDArray[np.bool_]
+from magi_sink_cp.dist.planning.mask import (
+    FAR,
+    Flags,
+    Ints,
+    Range,
+    Window,
+    covered,
+    runs,
+    take,
+)
 
 # How many calls a segment is offered to before it begins a new one.
 _OPEN_CALLS = 16
@@ -37,10 +44,6 @@ class Segments(NamedTuple):
     left: Ints
     right: Ints
     diagonal: Flags
-
-    def at(self, index: Flags | NDArray[np.intp]) -> Segments:
-        """The segments of these indices."""
-        return Segments(*(array[index] for array in self))  # type: ignore[arg-type]
 
 
 @dataclass(frozen=True, eq=False)
@@ -103,9 +106,8 @@ def pack(stages: Sequence[Segments], owning_stages: int, large_rows: int | None 
 
 def _join(segments: Segments) -> Segments:
     """Fewer, larger segments with the same pairs: joined along the keys, then along the rows."""
-    s = segments.at(
-        np.lexsort((segments.key_hi, segments.key_lo, segments.row_hi, segments.row_lo))
-    )
+    order = np.lexsort((segments.key_hi, segments.key_lo, segments.row_hi, segments.row_lo))
+    s = take(segments, order)
     # The same rows see all keys of one segment and then those of the next, without a left limit.
     continues = (
         (s.row_lo[1:] == s.row_lo[:-1])
@@ -116,7 +118,7 @@ def _join(segments: Segments) -> Segments:
         & (s.left[1:] == -1)
     )
     s = _merged(s, continues)
-    s = s.at(np.lexsort((s.row_hi, s.row_lo, s.key_lo)))
+    s = take(s, np.lexsort((s.row_hi, s.row_lo, s.key_lo)))
     # The next rows under the same full or causal mask.
     full = (s.left[1:] == -1) & (s.right[1:] == -1) & (s.key_hi[1:] == s.key_hi[:-1])
     grown = s.key_hi[1:] - s.key_hi[:-1]
@@ -135,8 +137,7 @@ def _merged(s: Segments, continues: Flags) -> Segments:
     """Each segment that continues the one before it becomes one with it."""
     if not continues.any():
         return s
-    first = np.flatnonzero(np.concatenate([[True], ~continues]))
-    last = np.concatenate([first[1:], [len(s.row_lo)]]) - 1
+    first, last = runs(continues)
     return Segments(
         s.row_lo[first],
         s.row_hi[last],
@@ -155,7 +156,7 @@ def _choose_owners(stages: Sequence[Segments]) -> list[Flags]:
     largest of what is left. A row without an owner gets 0, and what others add.
     """
     owners = [segments.diagonal.copy() for segments in stages]
-    diagonal = [segments.at(segments.diagonal) for segments in stages]
+    diagonal = [take(segments, segments.diagonal) for segments in stages]
     edges = sorted(
         (lo, hi)
         for s in diagonal
@@ -197,11 +198,11 @@ def _calls(
     if not len(s.row_lo):
         return
     order = np.lexsort((s.key_hi, s.key_lo, s.row_hi, s.row_lo, s.right, s.left, ~owners))
-    s, owns = s.at(order), owners[order]
+    s, owns = take(s, order), owners[order]
     groups = _group(s, owns, seen, large_rows)
     groups.sort(key=lambda group: (not owns[group[0]], s.row_lo[group[0]], s.key_lo[group[0]]))
     for group in groups:
-        yield _call(s.at(group), bool(owns[group[0]]))
+        yield _call(take(s, group), bool(owns[group[0]]))
 
 
 def _group(
@@ -232,16 +233,12 @@ def _group(
         room=np.where(owns, FAR, rows),
         small=np.full(len(rows), True) if large_rows is None else rows < large_rows,
     )
-    before, after = (
-        _Ends(*(array[part] for array in ends)) for part in (slice(-1), slice(1, None))
-    )
-    edges = np.flatnonzero(np.concatenate([[True], ~_fits(before, after)])[: len(rows)]).tolist()
-    runs = list(zip(edges, [*edges[1:], len(rows)], strict=True))
+    first, last = runs(_fits(take(ends, slice(-1)), take(ends, slice(1, None))))
     one_by_one = [
         _Ends(*values) for values in zip(*(array.tolist() for array in ends), strict=True)
     ]
     groups: list[list[Range]] = []
-    for run in runs:
+    for run in zip(first.tolist(), (last + 1).tolist(), strict=True):
         for group in groups[-_OPEN_CALLS:]:
             if _fits(one_by_one[group[-1][1] - 1], one_by_one[run[0]]):
                 group.append(run)

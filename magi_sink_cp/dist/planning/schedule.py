@@ -40,8 +40,18 @@ from numpy.typing import NDArray
 
 from magi_sink_cp.dist.planning.exchange import Exchange, Message, Route, Schedule, Stage
 from magi_sink_cp.dist.planning.layout import Places, RankRanges, num_tokens, places
-from magi_sink_cp.dist.planning.mask import FAR, Bands, Ints, band_pairs, covered, overlaps
-from magi_sink_cp.dist.planning.packing import Flags, Segments, pack
+from magi_sink_cp.dist.planning.mask import (
+    FAR,
+    Bands,
+    Flags,
+    Ints,
+    band_pairs,
+    covered,
+    overlaps,
+    runs,
+    take,
+)
+from magi_sink_cp.dist.planning.packing import Segments, pack
 
 
 @dataclass(frozen=True)
@@ -79,9 +89,6 @@ class _Pieces(NamedTuple):
     lo: Ints
     hi: Ints
 
-    def at(self, index: Flags | Ints) -> _Pieces:
-        return _Pieces(*(array[index] for array in self))
-
     def pairs(self) -> Ints:
         """Visible pairs of each piece."""
         return band_pairs(Bands(*self[1:3], *self[4:]))
@@ -105,9 +112,6 @@ class _Arrivals(NamedTuple):
     size: Ints
     start: Ints
     step: Ints
-
-    def at(self, index: Flags | Ints) -> _Arrivals:
-        return _Arrivals(*(array[index] for array in self))
 
 
 class Mask:
@@ -144,17 +148,17 @@ class Mask:
             large_rows: as in :func:`~magi_sink_cp.dist.planning.packing.pack`.
             routed: add the routes of the exchanges.
         """
-        pieces = self._pieces.at(self._pieces.rank == rank)
+        pieces = take(self._pieces, self._pieces.rank == rank)
         own = self._places.of(rank)
         if self.cp_size == 1:
             return self._put_together(rank, [], [_segments(pieces, own)], 1, large_rows)
         traffic = self._traffic(overlap_degree, None if routed else rank)
         if traffic.degree == 0:
             alone = self._own.within(pieces) == pieces.key_hi - pieces.key_lo
-            local, travelling = pieces.at(alone), pieces.at(~alone)
+            local, travelling = take(pieces, alone), take(pieces, ~alone)
         else:
             local = travelling = pieces
-        stages = traffic.of(rank, routed)
+        stages = traffic.of(rank, self.buffers(traffic.degree) if routed else None)
         segments = [_segments(local, own)]
         segments += [_segments(travelling, buffer) for _, buffer in stages]
         # The first stage sees every row, so that dsink can be reduced behind the others.
@@ -201,7 +205,7 @@ class Mask:
         """Visible pairs of the rank's rows, or of all."""
         if rank is None:
             return int(band_pairs(self._bands).sum())
-        return int(self._pieces.at(self._pieces.rank == rank).pairs().sum())
+        return int(take(self._pieces, self._pieces.rank == rank).pairs().sum())
 
     def buffers(self, overlap_degree: int) -> tuple[int, int]:
         """Tokens of the largest buffer of any rank and stage: for keys, and for gradients."""
@@ -234,13 +238,13 @@ class Mask:
         degree = min(overlap_degree, self.cp_size - 1)
         arrivals = self._remote if degree else self._arrivals
         if rank is not None:
-            arrivals = arrivals.at((arrivals.target == rank) | (arrivals.source == rank))
-        return _Traffic(arrivals, self.cp_size, degree, self.buffers(degree))
+            arrivals = take(arrivals, (arrivals.target == rank) | (arrivals.source == rank))
+        return _Traffic(arrivals, self.cp_size, degree)
 
     @functools.cached_property
     def _remote(self) -> _Arrivals:
         """The arrivals that travel."""
-        return self._arrivals.at(self._arrivals.step > 0)
+        return take(self._arrivals, self._arrivals.step > 0)
 
     def _find_arrivals(self) -> _Arrivals:
         """What every rank sees, cut where its holder changes."""
@@ -279,16 +283,15 @@ def _find_pieces(held: Places, bands: Bands) -> _Pieces:
         bands.lo[band],
         bands.hi[band],
     )
-    pieces = pieces.at(pieces.key_lo < pieces.key_hi)
-    return pieces.at(np.lexsort((pieces.row_lo, pieces.rank)))
+    pieces = take(pieces, pieces.key_lo < pieces.key_hi)
+    return take(pieces, np.lexsort((pieces.row_lo, pieces.rank)))
 
 
 class _OwnTokens:
     """Which tokens a rank holds itself, for many ranks at once."""
 
     def __init__(self, held: Places) -> None:
-        order = np.argsort(held.rank, kind="stable")
-        self._held = Places(*(array[order] for array in held))
+        self._held = take(held, np.argsort(held.rank, kind="stable"))
         self._span = int(held.hi.max(initial=0)) + 1
         self._keys = self._held.rank * self._span + self._held.lo
 
@@ -338,15 +341,12 @@ class _Traffic:
     Stages that travel are counted from 0 here.
     """
 
-    def __init__(
-        self, arrivals: _Arrivals, cp_size: int, degree: int, largest: tuple[int, int]
-    ) -> None:
-        """``arrivals``: all of degree 0, else those that travel. ``largest``: Mask.buffers."""
+    def __init__(self, arrivals: _Arrivals, cp_size: int, degree: int) -> None:
+        """``arrivals``: all of degree 0, else those that travel."""
         self.degree = degree
         self._cp_size = cp_size
         self._num_stages = max(1, degree)
         self._arrivals = arrivals
-        self._largest = largest
         self._stage = _stage_of_step(cp_size, degree)[arrivals.step]
 
     @functools.cached_property
@@ -372,20 +372,22 @@ class _Traffic:
         places[order] = _offsets_of_groups(group, size)
         return places
 
-    def of(self, rank: int, routed: bool) -> list[tuple[Stage, Places]]:
-        """The travelling stages of a rank, without calls, and what stands in their buffers."""
+    def of(self, rank: int, largest: tuple[int, int] | None) -> list[tuple[Stage, Places]]:
+        """The travelling stages of a rank, without calls, and what stands in their buffers.
+
+        With ``largest``, Mask.buffers, the exchanges have routes.
+        """
         a = self._arrivals
         travels = a.step > 0
         into = np.flatnonzero(a.target == rank)
         sent = np.flatnonzero((a.source == rank) & travels)
         sent = sent[np.argsort(a.step[sent], kind="stable")]
         slots = min(2, self._num_stages)
-        cast_tokens, reduce_tokens = self._largest
-        parts = (cast_tokens,) * slots + (reduce_tokens,) * slots
 
         def route(places: Ints, number: int, first_part: int) -> Route | None:
-            if not routed:
+            if largest is None:
                 return None
+            parts = tuple(tokens for tokens in largest for _ in range(slots))
             return Route(tuple(places.tolist()), parts, number % slots + first_part)
 
         def stage(number: int, into: Ints, sent: Ints) -> tuple[Stage, Places]:
@@ -459,7 +461,7 @@ def _segments(pieces: _Pieces, held: Places) -> Segments:
     """Rows × keys of every piece and every range of ``held`` of which it sees something."""
     held = _joined(held)
     piece, place = overlaps(pieces.key_lo, pieces.key_hi, held.lo, held.hi)
-    p = pieces.at(piece)
+    p = take(pieces, piece)
     seen_lo = np.maximum(p.key_lo, held.lo[place])
     seen_hi = np.minimum(p.key_hi, held.hi[place])
     diagonal = (seen_lo <= p.row_lo) & (p.row_hi <= seen_hi)
@@ -471,9 +473,10 @@ def _segments(pieces: _Pieces, held: Places) -> Segments:
     left, right = _kernel_window(row_lo, row_hi, key_lo, key_hi, p.lo, p.hi, diagonal)
     start = p.start + row_lo - p.row_lo
     place_lo = held.start[place] + key_lo - held.lo[place]
-    return Segments(
+    found = Segments(
         start, start + row_hi - row_lo, place_lo, place_lo + key_hi - key_lo, left, right, diagonal
-    ).at(there)
+    )
+    return take(found, there)
 
 
 def _kernel_window(
@@ -497,6 +500,5 @@ def _joined(held: Places) -> Places:
     )
     if not touch.any():
         return held
-    first = np.flatnonzero(np.concatenate([[True], ~touch]))
-    last = np.concatenate([first[1:], [len(held.lo)]]) - 1
+    first, last = runs(touch)
     return Places(held.lo[first], held.hi[last], held.rank[first], held.start[first])

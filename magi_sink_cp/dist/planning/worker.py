@@ -27,6 +27,8 @@ def make_ahead(request: Request) -> CPBlueprint:
     what, cp_size, rank, windows, asked = request
     blueprint = make_blueprint(what, cp_size, rank, windows)
     blueprint.prepare(asked)
+    if asked:  # the schedules are there
+        blueprint.forget_masks()
     return blueprint
 
 
