@@ -105,7 +105,7 @@ def simulated(
     rows: list[Row] = []
     for way, degree in zip(("forward", "backward"), overlap.degrees, strict=True):
         large_rows = overlap.large_rows if way == "forward" else None
-        schedules = [mask.schedule(rank, degree, large_rows) for rank in range(cp_size)]
+        schedules = [mask.schedule(rank, degree, large_rows, gaps=True) for rank in range(cp_size)]
         steps = [
             predicted_s(schedule, rank_pairs, way, link, sizes)
             for schedule, rank_pairs in zip(schedules, pairs, strict=True)

@@ -25,8 +25,11 @@ def rows_behind(total: int, cu_seqlens: Tensor, seqused: Tensor | None) -> Tenso
 
 
 def missing_rows(varlen: Varlen | None, total: int) -> Tensor | None:
-    """bool (total,): query rows that ``seqused_q`` leaves out, or None if it is not given."""
-    if varlen is None or varlen.seqused_q is None:
+    """bool (total,): query rows that do not exist, as ``seqused_q`` leaves them out; or None.
+
+    Those in a gap (Varlen.gaps) exist, for another call.
+    """
+    if varlen is None or varlen.seqused_q is None or varlen.gaps:
         return None
     return rows_behind(total, varlen.cu_seqlens_q, varlen.seqused_q)
 

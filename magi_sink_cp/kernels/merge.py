@@ -233,9 +233,8 @@ def _merge_kernel(  # type: ignore[no-untyped-def]
     head = (tl.program_id(0) % num_heads).to(tl.int64)
     block = tl.program_id(0) // num_heads
     batch = (block // tl.cdiv(num_rows, BLOCK_ROWS)).to(tl.int64)
-    row = (block % tl.cdiv(num_rows, BLOCK_ROWS)).to(tl.int64) * BLOCK_ROWS + tl.arange(
-        0, BLOCK_ROWS
-    )
+    first_row = (block % tl.cdiv(num_rows, BLOCK_ROWS)).to(tl.int64) * BLOCK_ROWS
+    row = first_row + tl.arange(0, BLOCK_ROWS)
     dim = tl.arange(0, BLOCK_DIM)
     inside = row < num_rows
     exists = inside
@@ -245,9 +244,12 @@ def _merge_kernel(  # type: ignore[no-untyped-def]
     peak = tl.full([BLOCK_ROWS], float("-inf"), tl.float32)
     for i in tl.static_range(NUM_PARTIALS):
         start = starts[i] >> 4
-        covered = exists & (row >= start) & (row < stops[i] >> 4)
-        at = lses[i] + batch * lses_strides[i][0] + head * lses_strides[i][1] + row - start
-        peak = tl.maximum(peak, tl.load(at, mask=covered, other=float("-inf")))
+        stop = stops[i] >> 4
+        # Most blocks may have no row of a partial that covers few.
+        if (first_row < stop) & (first_row + BLOCK_ROWS > start):
+            covered = exists & (row >= start) & (row < stop)
+            at = lses[i] + batch * lses_strides[i][0] + head * lses_strides[i][1] + row - start
+            peak = tl.maximum(peak, tl.load(at, mask=covered, other=float("-inf")))
     if sink_ptr is not None:
         sink_at = sink_ptr + batch * sink_stride[0] + row * sink_stride[1] + head * sink_stride[3]
         for j in range(num_sinks):
@@ -261,14 +263,16 @@ def _merge_kernel(  # type: ignore[no-untyped-def]
     merged = tl.zeros([BLOCK_ROWS, BLOCK_DIM], tl.float32)
     for i in tl.static_range(NUM_PARTIALS):
         start = starts[i] >> 4
-        covered = exists & (row >= start) & (row < stops[i] >> 4)
-        at = lses[i] + batch * lses_strides[i][0] + head * lses_strides[i][1] + row - start
-        weight = tl.exp(tl.load(at, mask=covered, other=float("-inf")) - peak)
-        total += weight
-        first = outs[i] + batch * outs_strides[i][0] + head * outs_strides[i][2]
-        here = first + (row - start)[:, None] * outs_strides[i][1] + dim[None, :]
-        value = tl.load(here, mask=(weight > 0)[:, None] & (dim < HEAD_DIM)[None, :], other=0.0)
-        merged += weight[:, None] * value.to(tl.float32)
+        stop = stops[i] >> 4
+        if (first_row < stop) & (first_row + BLOCK_ROWS > start):
+            covered = exists & (row >= start) & (row < stop)
+            at = lses[i] + batch * lses_strides[i][0] + head * lses_strides[i][1] + row - start
+            weight = tl.exp(tl.load(at, mask=covered, other=float("-inf")) - peak)
+            total += weight
+            first = outs[i] + batch * outs_strides[i][0] + head * outs_strides[i][2]
+            here = first + (row - start)[:, None] * outs_strides[i][1] + dim[None, :]
+            value = tl.load(here, mask=(weight > 0)[:, None] & (dim < HEAD_DIM)[None, :], other=0.0)
+            merged += weight[:, None] * value.to(tl.float32)
     if sink_ptr is not None:
         sink_at = sink_ptr + batch * sink_stride[0] + row * sink_stride[1] + head * sink_stride[3]
         for j in range(num_sinks):

@@ -71,6 +71,9 @@ class Varlen:
         seqused_q, seqused_k: int32 (documents,), or None. Only the first ``seqused_q[b]`` rows and
             ``seqused_k[b]`` keys of document b exist. The other rows see no key. The mask is
             aligned to the rows and keys that exist.
+        gaps: the rows that ``seqused_q`` leaves out belong to another call: ``out`` and
+            ``into.dq`` are left alone there, and lse and delta are undefined. Only for backends
+            that ``leaves_gaps``.
     """
 
     cu_seqlens_q: Tensor
@@ -79,6 +82,7 @@ class Varlen:
     max_seqlen_k: int
     seqused_q: Tensor | None = None
     seqused_k: Tensor | None = None
+    gaps: bool = False
 
 
 @dataclass(frozen=True)
@@ -236,6 +240,8 @@ class Backend(ABC):
     # The optional fields of AttentionParams, Extras and Varlen that the kernels honour. A request
     # that sets another one is refused.
     features: frozenset[str] = frozenset()
+    # Whether it honours Varlen.gaps, writing to ``out`` and ``into.dq`` where they are.
+    leaves_gaps = False
 
     @abstractmethod
     def unavailable(self) -> str | None:

@@ -767,6 +767,7 @@ class LateLanes(Lanes):
     def __init__(self) -> None:
         self.turns = 0
         self.absent: set[int] = set()  # storages of transfers' buffers
+        self._buffers: list[torch.Tensor] = []  # all of them, so that no other tensor gets theirs
         self._in_turn = False
         self._made: list[torch.Tensor] = []
         self._late: list[tuple[torch.Tensor, torch.Tensor]] = []
@@ -807,11 +808,14 @@ class LateLanes(Lanes):
         if self.turns % 2 == 0:
             self._read += [(x, x.clone()) for x in read]
         result = function(*arguments)
-        self._made += (
-            [result]
-            if torch.is_tensor(result)
-            else [x for x in vars(result).values() if torch.is_tensor(x)]
-        )
+        made = [result] if torch.is_tensor(result) else vars(result).values()
+        gap = getattr(arguments[0], "gap", None)
+        for x in filter(torch.is_tensor, made):
+            into = None if written is None else arguments[written]
+            if gap is None or into is None or storage(x) != storage(into):
+                self._made.append(x)
+            else:
+                self._made += [x[row] for row in torch.where(~gap)[0].tolist()]
         return result
 
     def start(self, function, flight, tensors, exchange, own=()):
@@ -820,6 +824,7 @@ class LateLanes(Lanes):
         )
         transfer = function(flight, tensors, exchange, own)
         self.absent |= set(map(storage, transfer.buffers))
+        self._buffers += transfer.buffers
         release = transfer.release
 
         def after_the_join():
@@ -929,23 +934,22 @@ def body_contiguous(group, device) -> None:
             assert torch.equal(out, expected)
 
 
-def test_rows_that_get_the_sink_alone_are_merged_apart():
-    run_on_ranks(2, body_merged_apart)
+def test_one_merge_adds_the_sink_to_all_rows():
+    run_on_ranks(2, body_one_merge)
 
 
-def body_merged_apart(group, device) -> None:
+def body_one_merge(group, device) -> None:
     """Of 64 tokens, rank 0 has the first 16, which see own keys alone, and the last 16.
 
     Rank 1's rows all see keys of rank 0.
     """
     plan = make_cp_plan(64, group=group)
     q, k, v = (torch.randn(plan.local_tokens, heads, 8) for heads in (4, 2, 2))
-    apart, together = [(1, 16), (2, 16)], [(2, 32)]
-    for sink, expected in ((torch.randn(1, 4), (apart, together)), (None, (apart[1:], together))):
+    for sink, rows in ((torch.randn(1, 4), (32, 32)), (None, (16, 32))):
         with mock.patch.object(partials, "merge", mock.Mock(wraps=partials.merge)) as merge:
             cp_attention_with_sink(q, k, v, sink, plan=plan, overlap_degree=1)
         merged = [(len(call.args[0]), call.kwargs["out"].shape[0]) for call in merge.call_args_list]
-        assert merged == expected[dist.get_rank(group)], "partial results and rows of each merge"
+        assert merged == [(2, rows[dist.get_rank(group)])], "partial results and rows of each merge"
 
 
 def test_which_kernels_add_the_sink():

@@ -16,6 +16,7 @@ from magi_sink_cp.dist import driver
 from magi_sink_cp.dist.methods import ring
 from magi_sink_cp.dist.methods.lanes import Lanes, TwoLanes
 from magi_sink_cp.dist.planning import cost
+from magi_sink_cp.dist.planning.blueprint import CPBlueprint
 from tests.support.cases import offsets
 
 pytestmark = pytest.mark.gpu
@@ -87,13 +88,13 @@ def check_graph(leaves: list[torch.Tensor], step: Callable[[], tuple[torch.Tenso
 @pytest.fixture
 def many_calls():
     """On two streams however short; of large segments also in backward, where one rank has none."""
-    schedule = ring.RingPlan.schedule
+    schedule = CPBlueprint.schedule
 
-    def with_large_rows(this, window_size, overlap_degree, batch_size=1, *_):
-        return schedule(this, window_size, overlap_degree, batch_size, 1000)
+    def with_large_rows(this, window_size, overlap_degree, batch_size, _, gaps, routed):
+        return schedule(this, window_size, overlap_degree, batch_size, 1000, gaps, routed)
 
     always = mock.patch.object(cost, "TWO_LANES_S", (0.0, float("inf")))
-    with always, mock.patch.object(ring.RingPlan, "schedule", with_large_rows):
+    with always, mock.patch.object(CPBlueprint, "schedule", with_large_rows):
         yield
 
 

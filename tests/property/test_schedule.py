@@ -56,7 +56,7 @@ def build_schedule(
     layout, documents, window_size, rank, overlap_degree, large_rows=None, routed=False
 ) -> Schedule:
     mask = Mask(layout, bands_of_documents(documents, window_size))
-    return mask.schedule(rank, overlap_degree, large_rows, routed)
+    return mask.schedule(rank, overlap_degree, large_rows, routed=routed)
 
 
 def pairs_of(call: KernelCall) -> int:
@@ -76,13 +76,15 @@ def local_tokens(layout, rank) -> list[int]:
 
 
 def simulate(
-    total: int, bands: Bands, layout, overlap_degree: int, large_rows: int | None
+    total: int, bands: Bands, layout, overlap_degree: int, large_rows: int | None, gaps: bool
 ) -> tuple[torch.Tensor, list[Schedule]]:
     """How often each (query, key) pair of the whole sequence is computed, following every rank's
     schedule with real buffers.
     """
     mask = Mask(layout, bands)
-    schedules = [mask.schedule(rank, overlap_degree, large_rows) for rank in range(len(layout))]
+    schedules = [
+        mask.schedule(rank, overlap_degree, large_rows, gaps) for rank in range(len(layout))
+    ]
     counts = torch.zeros(total, total, dtype=torch.int64)
     for rank, schedule in enumerate(schedules):
         rows = local_tokens(layout, rank)
@@ -94,7 +96,7 @@ def simulate(
                 call_rows, call_keys = rows[slice(*call.rows)], keys[slice(*call.keys)]
                 assert call.cu_seqlens_q[-1] == len(call_rows)
                 assert call.cu_seqlens_k[-1] == len(call_keys)
-                pairs = 0
+                pairs, seen_by_call = 0, set()
                 for b in range(len(call.cu_seqlens_q) - 1):
                     block_rows = call_rows[call.cu_seqlens_q[b] : call.cu_seqlens_q[b + 1]]
                     block_keys = call_keys[call.cu_seqlens_k[b] : call.cu_seqlens_k[b + 1]]
@@ -107,17 +109,19 @@ def simulate(
                         torch.tensor(block_rows)[:, None], torch.tensor(block_keys)[None, :]
                     ] += mask
                     pairs += int(mask.sum())
+                    seen_by_call.update(block_rows)
                     seen_by_stage.update(
                         key
                         for key, seen in zip(block_keys, mask.any(0).tolist(), strict=True)
                         if seen
                     )
                 assert pairs_of(call) == pairs
+                assert call.seqused_q is None or (gaps and call.owns_rows)
                 if call.owns_rows:
-                    assert not set(call_rows) & set(written), (
-                        "a call writes rows that another one wrote"
-                    )
-                    written += call_rows
+                    owns = [rows[i] for lo, hi in call.written_rows for i in range(lo, hi)]
+                    assert not set(owns) & set(written), "a call writes rows that another one wrote"
+                    assert seen_by_call <= set(owns), "a call computes rows of its gap"
+                    written += owns
             travelled = [
                 key for message in stage.cast.receives for key in keys[slice(*message.tokens)]
             ]
@@ -163,9 +167,9 @@ def received(layout, schedules: list[Schedule], rank: int, number: int) -> list[
     return buffer
 
 
-def check(lengths, cp_size, window_size, layout, overlap_degree, large_rows=None):
+def check(lengths, cp_size, window_size, layout, overlap_degree, large_rows=None, gaps=False):
     bands = bands_of_documents(documents_of(lengths), window_size)
-    counts, schedules = simulate(sum(lengths), bands, layout, overlap_degree, large_rows)
+    counts, schedules = simulate(sum(lengths), bands, layout, overlap_degree, large_rows, gaps)
     for rank, schedule in enumerate(schedules):
         rows = local_tokens(layout, rank)
         owned = [rows[i] for lo, hi in schedule.owned for i in range(lo, hi)]
@@ -189,10 +193,13 @@ windows = st.tuples(st.integers(-1, 30), st.integers(-1, 30))
     cp_size=st.integers(1, 5),
     window_size=windows,
     large_rows=st.sampled_from([None, 1, 5]),
+    gaps=st.booleans(),
 )
-def test_windows_of_any_size_against_any_chunk(data, lengths, cp_size, window_size, large_rows):
+def test_windows_of_any_size_against_any_chunk(
+    data, lengths, cp_size, window_size, large_rows, gaps
+):
     layout = zigzag(sum(lengths), cp_size)
-    check(lengths, cp_size, window_size, layout, data.draw(degrees(cp_size)), large_rows)
+    check(lengths, cp_size, window_size, layout, data.draw(degrees(cp_size)), large_rows, gaps)
 
 
 @settings(max_examples=200, deadline=None)
@@ -265,6 +272,22 @@ def test_large_segments_run_by_themselves():
     assert segments([50, 3, 50], 50) == [3], "a small one between them is in nobody's way"
 
 
+def test_gaps_join_calls():
+    """Documents that end in a rank's ranges: one call for those that are all its own, one for the
+    others.
+    """
+    lengths = [5, 6, 7, 4, 5, 3, 6, 4, 8, 2, 9, 5]
+    documents, total = documents_of(lengths), sum(lengths)
+    layout = tuple(
+        tuple((lo, min(lo + 8, total)) for lo in range(8 * rank, total, 16)) for rank in range(2)
+    )
+    mask = Mask(layout, bands_of_documents(documents, CAUSAL))
+    for rank in range(2):
+        for gaps, most in ((False, 3), (True, 1)):
+            stages = mask.schedule(rank, 0, gaps=gaps).stages
+            assert max(len(stage.calls) for stage in stages) == most
+
+
 @settings(max_examples=300, deadline=None)
 @given(
     data=st.data(),
@@ -272,13 +295,15 @@ def test_large_segments_run_by_themselves():
     cp_size=st.integers(1, 5),
     causal=st.booleans(),
     layout=st.sampled_from(sorted(LAYOUTS)),
+    gaps=st.booleans(),
 )
 def test_every_pair_is_computed_once_and_no_key_sent_too_many(
-    data, lengths, cp_size, causal, layout
+    data, lengths, cp_size, causal, layout, gaps
 ):
     degree = data.draw(degrees(cp_size))
     ranges = LAYOUTS[layout](sum(lengths), cp_size, causal_bands(documents_of(lengths)))
-    for schedule in check(lengths, cp_size, (-1, 0 if causal else -1), ranges, degree):
+    window_size = (-1, 0 if causal else -1)
+    for schedule in check(lengths, cp_size, window_size, ranges, degree, gaps=gaps):
         for stage in schedule.stages[1:]:
             if layout == "zigzag" and degree >= cp_size - 1:
                 assert len(stage.calls) <= 2, (
@@ -287,8 +312,12 @@ def test_every_pair_is_computed_once_and_no_key_sent_too_many(
 
 
 @settings(max_examples=300, deadline=None)
-@given(data=st.data(), window_size=st.one_of(st.sampled_from([FULL, CAUSAL]), windows))
-def test_any_layout(data, window_size):
+@given(
+    data=st.data(),
+    window_size=st.one_of(st.sampled_from([FULL, CAUSAL]), windows),
+    gaps=st.booleans(),
+)
+def test_any_layout(data, window_size, gaps):
     """Layouts are data: arbitrary disjoint ranges per rank work too, with equal counts or not."""
     lengths = data.draw(st.lists(st.integers(0, 12), min_size=1, max_size=5))
     total, cp_size = sum(lengths), data.draw(st.integers(1, 4))
@@ -301,7 +330,7 @@ def test_any_layout(data, window_size):
         tuple(p for p, owner in zip(pieces, owners, strict=False) if owner == rank)
         for rank in range(cp_size)
     )
-    check(lengths, cp_size, window_size, layout, data.draw(degrees(cp_size)))
+    check(lengths, cp_size, window_size, layout, data.draw(degrees(cp_size)), gaps=gaps)
 
 
 @settings(max_examples=300, deadline=None)
@@ -311,12 +340,14 @@ def test_any_layout(data, window_size):
     cp_size=st.integers(1, 4),
     name=st.sampled_from(sorted(LAYOUTS)),
     large_rows=st.sampled_from([None, 3]),
+    gaps=st.booleans(),
 )
-def test_slices_of_any_type(data, total, cp_size, name, large_rows):
+def test_slices_of_any_type(data, total, cp_size, name, large_rows, gaps):
     slices = data.draw(slices_of(total))
     bands = bands_of_slices(check_slices(total, slices))
     layout = LAYOUTS[name](total, cp_size, bands)
-    counts, _ = simulate(total, bands, layout, data.draw(degrees(cp_size)), large_rows)
+    degree = data.draw(degrees(cp_size))
+    counts, _ = simulate(total, bands, layout, degree, large_rows, gaps)
     assert torch.equal(counts, dense(slices, total))
 
 

@@ -321,7 +321,7 @@ def test_a_groups_backend_and_timeout(dog, group, timeout):
     else:
         backend.options = SimpleNamespace(_timeout=timeout)
     for number in (1, 2):
-        watchdog.watch(exchange(number), group, stream=5)
+        watchdog.stream_watcher(group)(exchange(number), 5)
     first, second = dog._waiting
     assert first.group is second.group, "which holds what was told of it"
     assert first.group.backend is backend

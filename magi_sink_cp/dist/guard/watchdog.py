@@ -278,12 +278,20 @@ class Communication:
             raise
 
 
-def watch(what: object, group: ProcessGroup, stream: int) -> None:
-    """Expect ``stream`` to come this far within the group's timeout."""
-    watched = _get_watched(group)
-    if watched.on_hang != "off":
-        watchdog = _get_watchdog()
-        watchdog.write(watchdog.expect(what, watched), stream)
+def stream_watcher(group: ProcessGroup) -> Callable[[object, int], None]:
+    """A function of (what, stream) that expects the stream to come this far within the timeout.
+
+    It does not keep the group alive, and does nothing when the group is gone.
+    """
+    reference = weakref.ref(_get_watched(group))
+
+    def watch(what: object, stream: int) -> None:
+        watched = reference()
+        if watched is not None and watched.on_hang != "off":
+            watchdog = _get_watchdog()
+            watchdog.write(watchdog.expect(what, watched), stream)
+
+    return watch
 
 
 def set_on_hang(group: ProcessGroup, on_hang: str) -> None:

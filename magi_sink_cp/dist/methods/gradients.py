@@ -85,18 +85,31 @@ class GradientSum:
 class SinkGradient:
     """dsink from the rows of each call, reduced over the ranks as ``dsink_reduce`` says."""
 
-    def __init__(self, sink: Tensor | None, lse: Tensor, request: Request, lanes: Lanes) -> None:
+    def __init__(
+        self, sink: Tensor | None, exact: torch.dtype, request: Request, lanes: Lanes
+    ) -> None:
+        """``exact``: the dtype of the sum of an "sh" sink's gradient, which is lse's."""
         assert sink is not None, "a gradient is asked for of a sink that is there"
-        self._sink, self._lse, self._request, self._lanes = sink, lse, request, lanes
+        self._sink, self._exact, self._request, self._lanes = sink, exact, request, lanes
         self._parts: list[tuple[slice, Tensor]] = []
         self._dsink: Tensor | None = None
         self._reduction: Communication | None = None
 
     def add(
-        self, delta: RowDelta | None, out: Tensor, dout: Tensor, dlse: Tensor | None, rows: slice
+        self,
+        delta: RowDelta | None,
+        out: Tensor,
+        dout: Tensor,
+        dlse: Tensor | None,
+        lse: Tensor,
+        rows: slice,
     ) -> None:
-        """Add what these rows contribute. out, dout and dlse are those of all rows."""
-        sink, lse = sink_of_rows(self._sink, rows), self._lse[:, rows]
+        """Add what these rows contribute.
+
+        lse is that of ``rows``, +inf where a row does not count; out, dout and dlse are those of
+        all rows.
+        """
+        sink = sink_of_rows(self._sink, rows)
         row_dlse = None if dlse is None else dlse[:, rows]
         part = sink_gradient(sink, lse, delta, out[rows], dout[rows], row_dlse)
         self._parts.append((rows, part))
@@ -130,8 +143,8 @@ class SinkGradient:
         shared = self._sink.dim() == 2
         if shared and self._parts:
             return functools.reduce(torch.add, (part for _, part in self._parts))
-        dtype = self._lse.dtype if shared else self._sink.dtype
+        dtype = self._exact if shared else self._sink.dtype
         dsink = torch.zeros(self._sink.shape, dtype=dtype, device=self._sink.device)
         for rows, part in self._parts:
-            dsink[rows] = part
+            dsink[rows] += part  # 0 in a gap
         return dsink

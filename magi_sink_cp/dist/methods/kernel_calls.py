@@ -38,12 +38,14 @@ class BoundCall:
         rows, keys: of q, and of the stage's keys.
         owns_rows: as in :class:`~magi_sink_cp.dist.planning.packing.KernelCall`.
         request: what the kernel is asked for. Without a Varlen the call is a dense batch of one.
+        gap: bool (rows,): which rows are in a gap; None if none is.
     """
 
     rows: slice
     keys: slice
     owns_rows: bool
     request: KernelRequest
+    gap: Tensor | None
 
     @property
     def row_range(self) -> Range:
@@ -70,12 +72,27 @@ def bind(
 ) -> tuple[BoundStage, ...]:
     """The schedule's stages for ``device``; all offsets go there in one copy."""
     packed = [call for call in schedule.kernel_calls if not _is_dense(call)]
-    offsets = iter(_upload([(call.cu_seqlens_q, call.cu_seqlens_k) for call in packed], device))
+    arrays = iter(_upload([array for call in packed for array in _arrays(call)], device))
 
     def bound(call: KernelCall) -> BoundCall:
-        varlen = None if _is_dense(call) else _varlen(call, *next(offsets))
-        request = KernelRequest(params._replace(window_size=call.window_size), varlen)
-        return BoundCall(slice(*call.rows), slice(*call.keys), call.owns_rows, request)
+        params_of_call = params._replace(window_size=call.window_size)
+        rows, keys = slice(*call.rows), slice(*call.keys)
+        if _is_dense(call):
+            return BoundCall(rows, keys, call.owns_rows, KernelRequest(params_of_call), None)
+        offsets_q, offsets_k = next(arrays), next(arrays)
+        used = gap = None
+        if call.seqused_q is not None:
+            used, gap = next(arrays), next(arrays).view(torch.bool)[: rows.stop - rows.start]
+        lengths_q = np.diff(call.cu_seqlens_q) if call.seqused_q is None else call.seqused_q
+        varlen = Varlen(
+            offsets_q,
+            offsets_k,
+            int(lengths_q.max()),
+            int(np.diff(call.cu_seqlens_k).max()),
+            seqused_q=used,
+            gaps=used is not None,
+        )
+        return BoundCall(rows, keys, call.owns_rows, KernelRequest(params_of_call, varlen), gap)
 
     return tuple(
         BoundStage(stage.local, tuple(map(bound, stage.calls)), stage.cast, stage.own, stage.reduce)
@@ -95,25 +112,27 @@ def _is_dense(call: KernelCall) -> bool:
     return unlimited or bool(call.cu_seqlens_q[1] <= call.cu_seqlens_k[1])
 
 
-def _varlen(call: KernelCall, offsets_q: Tensor, offsets_k: Tensor) -> Varlen:
-    max_q, max_k = (int(np.diff(x).max()) for x in (call.cu_seqlens_q, call.cu_seqlens_k))
-    return Varlen(offsets_q, offsets_k, max_q, max_k)
+def _arrays(call: KernelCall) -> list[NDArray[np.int32]]:
+    """What a packed call needs on the device; the flags of a gap as bytes in int32 words."""
+    arrays = [call.cu_seqlens_q, call.cu_seqlens_k]
+    if call.seqused_q is not None:
+        in_gap = np.repeat(call.seqused_q == 0, np.diff(call.cu_seqlens_q))
+        in_gap = np.append(in_gap, np.zeros(-len(in_gap) % 4, dtype=bool))
+        arrays += [call.seqused_q, in_gap.view(np.int32)]
+    return arrays
 
 
-def _upload(
-    pairs: Sequence[tuple[NDArray[np.int32], NDArray[np.int32]]], device: torch.device
-) -> list[tuple[Tensor, Tensor]]:
-    """Each pair of offsets as int32 tensors on ``device``."""
-    sizes = [len(offsets) for pair in pairs for offsets in pair]
+def _upload(arrays: Sequence[NDArray[np.int32]], device: torch.device) -> list[Tensor]:
+    """Each array as an int32 tensor on ``device``."""
+    sizes = list(map(len, arrays))
     starts = [0, *itertools.accumulate(size + -size % _ALIGNED_OFFSETS for size in sizes)]
     with plain_tensors():
         host = torch.zeros(starts[-1], dtype=torch.int32, device="cpu")
         values = host.numpy()
-        for start, offsets in zip(starts, itertools.chain.from_iterable(pairs), strict=False):
-            values[start : start + len(offsets)] = offsets
+        for start, array in zip(starts, arrays, strict=False):
+            values[start : start + len(array)] = array
         whole = upload(host, device)
-        tensors = [whole[start : start + size] for start, size in zip(starts, sizes, strict=False)]
-    return list(zip(tensors[::2], tensors[1::2], strict=True))
+        return [whole[start : start + size] for start, size in zip(starts, sizes, strict=False)]
 
 
 def run_forward(
@@ -158,6 +177,12 @@ def run_forward_with_sink(
     return Partial(partial.out[0], partial.lse[0], call.rows.start)
 
 
+def lse_of_rows(call: BoundCall, lse: Tensor) -> Tensor:
+    """lse (H, rows) of the call's rows, contiguous; +inf in a gap, which is: no such row."""
+    lse = lse[:, call.rows]
+    return lse.contiguous() if call.gap is None else lse.masked_fill(call.gap, float("inf"))
+
+
 def run_backward(
     call: BoundCall,
     backend: Backend,
@@ -172,11 +197,10 @@ def run_backward(
 ) -> Gradients:
     """Gradients of the call's rows and keys, with dq in the call's rows of ``dq`` if it is given.
 
-    All other tensors but k and v (the stage's) are those of all rows.
+    ``lse`` is lse_of_rows; all other tensors but k and v (the stage's) are those of all rows.
     """
     rows, request = call.rows, call.request
     k, v, dout, q, out = k[call.keys], v[call.keys], dout[rows], q[rows], out[rows]
-    lse = lse[:, rows].contiguous()
     dlse = None if dlse is None else dlse[:, rows]
     into = None
     if dq is not None:

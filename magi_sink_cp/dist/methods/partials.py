@@ -1,8 +1,8 @@
 """From the partial results of kernel calls to out and lse: the one place where the sink enters.
 
 A row has at most one call that owns it; each row of a document has exactly one. Such calls write
-their rows of out directly. Other calls give further partial results of some rows. The merge adds
-these, and the sink to every row, unless the owning kernels have added it.
+their rows of out directly, but for those in a gap. Other calls give further partial results of some
+rows. The merge adds these, and the sink to every row, unless the owning kernels have added it.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
+from magi_sink_cp.dist.methods.kernel_calls import BoundCall
 from magi_sink_cp.dist.methods.lanes import Lanes
 from magi_sink_cp.dist.planning.layout import union
 from magi_sink_cp.dist.planning.mask import Range
@@ -38,13 +39,14 @@ class Partials:
         zeroed = rows_missing or (is_padded and sink is None)
         new = torch.zeros_like if zeroed else torch.empty_like
         self.out = new(q, memory_format=torch.contiguous_format)
-        self._owned: list[Partial] = []
+        self._rows_missing = rows_missing or is_padded
+        self._owned: list[tuple[Partial, Tensor | None]] = []
         self._others: list[Partial] = []
 
-    def add(self, partial: Partial, owns_rows: bool) -> None:
-        """A partial result of some rows; no other one owns them if this one does."""
-        if owns_rows:
-            self._owned.append(partial)
+    def add(self, partial: Partial, call: BoundCall) -> None:
+        """The partial result of a call; no other call owns the rows that it owns."""
+        if call.owns_rows:
+            self._owned.append((partial, call.gap))
             return
         if len(self._others) == MAX_PARTIALS - 1:
             self._lanes.join()
@@ -61,15 +63,10 @@ class Partials:
         """out and lse of all rows, after the lanes have joined."""
         owned, sink = self._put_together(), self._sink
         out, lse = owned.out, owned.lse
-        done = 0
-        for (start, stop), indices in clusters([_span(partial) for partial in self._others]):
-            if sink is not None and done < start:
-                # Apart: a merge of several partial results takes longer for every one of its rows.
-                _merge_rows(out, lse, done, start, [], sink)
+        spans = [_span(partial) for partial in self._others]
+        parts = clusters(spans) if sink is None else [((0, out.shape[0]), range(len(spans)))]
+        for (start, stop), indices in parts:
             _merge_rows(out, lse, start, stop, [self._others[i] for i in indices], sink)
-            done = stop
-        if sink is not None and done < out.shape[0]:
-            _merge_rows(out, lse, done, out.shape[0], [], sink)
         return out, lse
 
     def _put_together(self) -> Partial:
@@ -77,22 +74,35 @@ class Partials:
         rows = self._q.shape[0]
         if not self._owned:
             return nothing_seen(self._q, self.out)
-        owned = sorted(self._owned, key=lambda partial: partial.start)
-        first = owned[0]
-        if len(owned) == 1 and first.out.shape[0] == rows and first.out.is_contiguous():
+        owned = sorted(self._owned, key=lambda each: each[0].start)
+        partials = [partial for partial, _ in owned]
+        first, first_gap = owned[0]
+        if len(owned) == 1 and first.out.is_contiguous() and _are_all([first], rows):
             return first
-        spans = [_span(partial) for partial in owned]
-        for partial, (start, stop) in zip(owned, spans, strict=True):
-            target = self.out[start:stop]
+        for partial, gap in owned:
+            target = self.out[slice(*_span(partial))]
             if partial.out.data_ptr() != target.data_ptr():  # a kernel that cannot choose where
+                assert gap is None, "kernels that leave gaps write where they are told to"
                 target.copy_(partial.out)
-        starts, stops = [start for start, _ in spans], [stop for _, stop in spans]
-        if [0, *stops] == [*starts, rows]:
-            return Partial(self.out, torch.cat([partial.lse for partial in owned], dim=1))
-        lse = first.lse.new_full((self._q.shape[1], rows), float("-inf"))
-        for partial, (start, stop) in zip(owned, spans, strict=True):
-            lse[:, start:stop] = partial.lse
+        if first_gap is None and _are_all(partials, rows):
+            return Partial(self.out, torch.cat([partial.lse for partial in partials], dim=1))
+        if _span(first) == (0, rows) and not self._rows_missing:
+            lse, owned = first.lse, owned[1:]
+        else:
+            lse = first.lse.new_full((self._q.shape[1], rows), float("-inf"))
+        for partial, gap in owned:
+            target = lse[:, slice(*_span(partial))]
+            if gap is None:
+                target.copy_(partial.lse)
+            else:
+                torch.where(gap, target, partial.lse, out=target)
         return Partial(self.out, lse)
+
+
+def _are_all(partials: Sequence[Partial], rows: int) -> bool:
+    """Whether the partials, one after the other, are those of all ``rows``."""
+    spans = [_span(partial) for partial in partials]
+    return [0, *(stop for _, stop in spans)] == [*(start for start, _ in spans), rows]
 
 
 def _merge_rows(

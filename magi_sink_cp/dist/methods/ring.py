@@ -30,6 +30,7 @@ from magi_sink_cp.dist.methods.kernel_calls import (
     BoundCall,
     BoundStage,
     bind,
+    lse_of_rows,
     run_backward,
     run_forward,
     run_forward_with_sink,
@@ -94,6 +95,11 @@ class RingState:
         }
 
     @property
+    def leaves_gaps(self) -> bool:
+        """Whether a call of backward leaves rows between its segments to others."""
+        return any(call.gap is not None for stage in self.backward for call in stage.calls)
+
+    @property
     def merges_partials(self) -> bool:
         """Whether any row has several partial results in forward."""
         return not all(call.owns_rows for stage in self.forward for call in stage.calls)
@@ -145,10 +151,11 @@ class Ring(Method):
         if sink_backend is not None:
             log_choice(sink_backend)
         window, batch_size = params.window_size, call.batch_size
+        gaps = backend.leaves_gaps and sink_backend is None
         degrees, forward, backward = blueprint.pass_schedules(
-            window, sizes, overlap, options.overlap_degree, routed
+            window, sizes, overlap, options.overlap_degree, gaps, routed
         )
-        blueprint.asks(window, sizes, slower, link, options.overlap_degree, routed)
+        blueprint.asks(window, sizes, slower, link, options.overlap_degree, gaps, routed)
         return RingState(
             transport=transport,
             forward=bind(forward, params, q.device),
@@ -181,7 +188,7 @@ class Ring(Method):
                         partial = state.attend(
                             call, q, k_stage, v_stage, kernel_sink, exact_lse, out
                         )
-                    partials.add(partial, call.owns_rows)
+                    partials.add(partial, call)
         return partials.finish()
 
     def backward(
@@ -199,23 +206,26 @@ class Ring(Method):
     ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
         state: RingState = request.state
         k, v = k.contiguous(), v.contiguous()
-        lanes = state.lanes(state.backward, state.two_lanes[1], q.device)
+        # A gradient of lse makes kernels rewrite what stands in their gaps: then in order.
+        two_lanes = state.two_lanes[1] and (dlse is None or not state.leaves_gaps)
+        lanes = state.lanes(state.backward, two_lanes, q.device)
         with InFlight(state.transport) as flight, lanes:
-            dsink = SinkGradient(sink, lse, request, lanes) if needs_dsink else None
+            dsink = SinkGradient(sink, lse.dtype, request, lanes) if needs_dsink else None
             if dsink is not None:
                 for start, stop in state.without_owner[1]:
-                    dsink.add(None, out, dout, dlse, slice(start, stop))
+                    dsink.add(None, out, dout, dlse, lse[:, start:stop], slice(start, stop))
             sums = _RingGradients(request, q, k, v, dsink, flight, lanes)
             for stage, k_stage, v_stage in stages_in_order(k, v, state.backward, flight, lanes):
                 sums.begin(stage, k_stage, v_stage)
                 for call in stage.calls:
                     with lanes.turn():
+                        call_lse = lse_of_rows(call, lse)
                         grads = run_backward(
-                            call, state.backend, dout, dlse, q, k_stage, v_stage, out, lse,
+                            call, state.backend, dout, dlse, q, k_stage, v_stage, out, call_lse,
                             sums.owned_dq if call.owns_rows else None,
                         )  # fmt: skip
                         if call.owns_rows and dsink is not None:
-                            dsink.add(grads.delta, out, dout, dlse, call.rows)
+                            dsink.add(grads.delta, out, dout, dlse, call_lse, call.rows)
                     sums.add(call, grads)
                 sums.end(stage)
             return sums.results()

@@ -130,15 +130,16 @@ class CPBlueprint:
         overlap_degree: int,
         batch_size: int = 1,
         large_rows: int | None = None,
+        gaps: bool = False,
         routed: bool = False,
     ) -> Schedule:
         """This rank's schedule. The arguments are those of Mask.schedule."""
         degree = min(overlap_degree, self.cp_size - 1)
-        key = window_size, degree, batch_size, large_rows, routed
+        key = window_size, degree, batch_size, large_rows, gaps, routed
         found = self._schedules.get(key)
         if found is None:
             mask = self.mask(window_size, batch_size)
-            schedule = mask.schedule(self.rank, degree, large_rows, routed)
+            schedule = mask.schedule(self.rank, degree, large_rows, gaps, routed)
             found = _keep(self._schedules, key, schedule)
         return found
 
@@ -186,10 +187,10 @@ class CPBlueprint:
 
         Degrees that a call was given itself are its own; the others follow the cost model.
         """
-        for window, sizes, slower, link, degrees, routed in asked:
+        for window, sizes, slower, link, degrees, gaps, routed in asked:
             overlap = self.overlap(window, sizes, slower, link)
-            self.pass_schedules(window, sizes, overlap, degrees, routed)
-            self.asks(window, sizes, slower, link, degrees, routed)
+            self.pass_schedules(window, sizes, overlap, degrees, gaps, routed)
+            self.asks(window, sizes, slower, link, degrees, gaps, routed)
 
     @property
     def asked(self) -> list[tuple[Any, ...]]:
@@ -206,6 +207,7 @@ class CPBlueprint:
         sizes: CallSizes,
         overlap: Overlap,
         overlap_degree: int | None,
+        gaps: bool,
         routed: bool,
     ) -> tuple[tuple[int, int], Schedule, Schedule]:
         """The degrees, and the schedules of forward and backward, of one kind of call.
@@ -214,8 +216,8 @@ class CPBlueprint:
         """
         degrees = overlap.degrees if overlap_degree is None else (overlap_degree, overlap_degree)
         batch = sizes.batch_size
-        forward = self.schedule(window_size, degrees[0], batch, overlap.large_rows, routed)
-        backward = self.schedule(window_size, degrees[1], batch, None, routed)
+        forward = self.schedule(window_size, degrees[0], batch, overlap.large_rows, gaps, routed)
+        backward = self.schedule(window_size, degrees[1], batch, None, gaps, routed)
         return degrees, forward, backward
 
     def asks(self, *what: Any) -> None:

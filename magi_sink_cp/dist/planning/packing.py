@@ -51,24 +51,39 @@ class KernelCall:
     """Segments for one varlen kernel call.
 
     The rows of its segments are disjoint, and so are their keys: backward writes dq, dk and dv
-    without overlap. Rows or keys between two segments appear as documents without keys or rows.
+    without overlap. Rows or keys between two segments appear as documents without keys or rows; so
+    out and dq, or dk and dv, become 0 there. Rows of a document that ``seqused_q`` leaves out are
+    a *gap*: the call neither reads nor writes them.
 
     Attributes:
         rows: rows of q that the call reads.
         keys: keys of the stage that the call reads.
         cu_seqlens_q, cu_seqlens_k: int32 offsets of the documents, from the first row and the first
             key.
+        seqused_q: int32 rows of each document that are its own: all, or none in a gap. None where
+            there is no gap.
         window_size: of every segment.
-        owns_rows: of all calls of a pass this one writes out, dq and delta of these rows. Others
-            only add to them.
+        owns_rows: of all calls of a pass this one writes out, dq and delta of these rows, but for
+            those in a gap. Others only add to them.
     """
 
     rows: Range
     keys: Range
     cu_seqlens_q: NDArray[np.int32]
     cu_seqlens_k: NDArray[np.int32]
+    seqused_q: NDArray[np.int32] | None
     window_size: Window
     owns_rows: bool
+
+    @property
+    def written_rows(self) -> list[Range]:
+        """Sorted disjoint ranges: ``rows`` without the gaps."""
+        if self.seqused_q is None:
+            return [self.rows]
+        there = self.seqused_q > 0
+        edges = self.cu_seqlens_q.astype(np.int64) + self.rows[0]
+        starts, stops = covered(edges[:-1][there], edges[1:][there])
+        return list(zip(starts.tolist(), stops.tolist(), strict=True))
 
 
 class Packed(NamedTuple):
@@ -76,20 +91,27 @@ class Packed(NamedTuple):
 
     Attributes:
         stages: the calls of each stage; those that own their rows come first.
-        owned: sorted disjoint ranges of rows that a call owns, rows between its segments included.
+        owned: sorted disjoint ranges of rows that a call owns, rows between its segments included
+            unless they are a gap.
     """
 
     stages: tuple[tuple[KernelCall, ...], ...]
     owned: tuple[Range, ...]
 
 
-def pack(stages: Sequence[Segments], owning_stages: int, large_rows: int | None = None) -> Packed:
+def pack(
+    stages: Sequence[Segments],
+    owning_stages: int,
+    large_rows: int | None = None,
+    gaps: bool = False,
+) -> Packed:
     """The kernel calls for the segments of each stage.
 
     Args:
         owning_stages: only calls of so many first stages may own their rows.
         large_rows: neighbouring segments of at least so many rows stay in calls of their own. Dense
             calls are faster than packed ones (FlashAttention-4's by a sixth under a window of 128).
+        gaps: calls that own their rows may have gaps; for kernels that can leave rows out.
     """
     joined = [_join(segments) for segments in stages]
     owners = _choose_owners(joined[:owning_stages])
@@ -97,10 +119,11 @@ def pack(stages: Sequence[Segments], owning_stages: int, large_rows: int | None 
     # Where rows see something, in any stage.
     seen = covered(*(np.concatenate([s[edge] for s in joined]) for edge in range(2)))
     calls = tuple(
-        tuple(_calls(segments, owns, seen, large_rows))
+        tuple(_calls(segments, owns, seen, large_rows, gaps))
         for segments, owns in zip(joined, owners, strict=True)
     )
-    owned = union([call.rows for stage in calls for call in stage if call.owns_rows])
+    owning = [call for stage in calls for call in stage if call.owns_rows]
+    owned = union([rows for call in owning for rows in call.written_rows])
     return Packed(calls, owned)
 
 
@@ -191,7 +214,11 @@ def _choose_owners(stages: Sequence[Segments]) -> list[Flags]:
 
 
 def _calls(
-    segments: Segments, owners: Flags, seen: tuple[Ints, Ints], large_rows: int | None
+    segments: Segments,
+    owners: Flags,
+    seen: tuple[Ints, Ints],
+    large_rows: int | None,
+    gaps: bool,
 ) -> Iterator[KernelCall]:
     """The calls of one stage."""
     s = segments
@@ -199,25 +226,27 @@ def _calls(
         return
     order = np.lexsort((s.key_hi, s.key_lo, s.row_hi, s.row_lo, s.right, s.left, ~owners))
     s, owns = take(s, order), owners[order]
-    groups = _group(s, owns, seen, large_rows)
+    groups = _group(s, owns, seen, large_rows, gaps)
     groups.sort(key=lambda group: (not owns[group[0]], s.row_lo[group[0]], s.key_lo[group[0]]))
     for group in groups:
-        yield _call(take(s, group), bool(owns[group[0]]))
+        yield _call(take(s, group), bool(owns[group[0]]), gaps)
 
 
 def _group(
-    s: Segments, owns: Flags, seen: tuple[Ints, Ints], large_rows: int | None
+    s: Segments, owns: Flags, seen: tuple[Ints, Ints], large_rows: int | None, gaps: bool
 ) -> list[NDArray[np.intp]]:
     """Segments of one window that ascend in rows and keys.
 
     Rows between two segments of a call are computed for nothing, so there may be no more of them
-    than the two segments hold. A call that owns its rows also owns those between, so there they may
-    see nothing, in any stage: ``seen`` are the (starts, stops) of rows that do.
+    than the two segments hold. A call that owns its rows also owns those between, unless they are a
+    gap, so there they may see nothing, in any stage: ``seen`` are the (starts, stops) of rows that
+    do.
 
     Segments that fit their neighbour make a run. A run goes to the first of the latest calls that
     it fits, so this takes n log n steps.
     """
     rows = s.row_hi - s.row_lo
+    closed = owns & (not gaps)
     ends = _Ends(
         kind=np.cumsum(
             np.diff(s.left, prepend=s.left[:1]).astype(bool)
@@ -228,8 +257,8 @@ def _group(
         row_hi=s.row_hi,
         key_lo=s.key_lo,
         key_hi=s.key_hi,
-        begun=np.where(owns, np.searchsorted(seen[0], s.row_lo), 0),
-        ended=np.where(owns, np.searchsorted(seen[1], s.row_hi, side="right"), 0),
+        begun=np.where(closed, np.searchsorted(seen[0], s.row_lo), 0),
+        ended=np.where(closed, np.searchsorted(seen[1], s.row_hi, side="right"), 0),
         room=np.where(owns, FAR, rows),
         small=np.full(len(rows), True) if large_rows is None else rows < large_rows,
     )
@@ -255,7 +284,7 @@ class _Ends(NamedTuple):
         kind: equal where window and ownership are.
         row_lo, row_hi, key_lo, key_hi: of the segment.
         begun, ended: how many ranges of rows that see something begin before it, and end up to its
-            end; 0 if it owns no rows.
+            end; 0 if it owns no rows, or leaves gaps.
         room: how many rows without a segment it allows beside it.
         small: not a call of its own.
     """
@@ -284,13 +313,13 @@ def _fits(last: _Ends, new: _Ends) -> Any:
     )
 
 
-def _call(s: Segments, owns_rows: bool) -> KernelCall:
+def _call(s: Segments, owns_rows: bool, gaps: bool) -> KernelCall:
     """One call for segments that ascend in rows and keys."""
     rows, keys = (int(s.row_lo[0]), int(s.row_hi[-1])), (int(s.key_lo[0]), int(s.key_hi[-1]))
     window = int(s.left[0]), int(s.right[0])
     if len(s.row_lo) == 1:  # most calls, and the rest takes ten times as long
         of_q, of_k = (np.array([0, hi - lo], dtype=np.int32) for lo, hi in (rows, keys))
-        return KernelCall(rows, keys, of_q, of_k, window, owns_rows)
+        return KernelCall(rows, keys, of_q, of_k, None, window, owns_rows)
     row_before = np.concatenate([s.row_lo[:1], s.row_hi[:-1]])
     key_before = np.concatenate([s.key_lo[:1], s.key_hi[:-1]])
     there = np.ones((len(s.row_lo), 3), dtype=bool)
@@ -298,11 +327,17 @@ def _call(s: Segments, owns_rows: bool) -> KernelCall:
     there[:, 1] = s.key_lo > key_before  # keys that none of these rows sees
     ends_q = np.stack([s.row_lo, s.row_lo, s.row_hi], axis=1)[there]
     ends_k = np.stack([key_before, s.key_lo, s.key_hi], axis=1)[there]
+    seqused_q = None
+    if gaps and owns_rows and there[:, 0].any():
+        used = np.zeros(there.shape, dtype=np.int32)
+        used[:, 2] = s.row_hi - s.row_lo
+        seqused_q = used[there]
     return KernelCall(
         rows=rows,
         keys=keys,
         cu_seqlens_q=np.concatenate([[0], ends_q - rows[0]]).astype(np.int32),
         cu_seqlens_k=np.concatenate([[0], ends_k - keys[0]]).astype(np.int32),
+        seqused_q=seqused_q,
         window_size=window,
         owns_rows=owns_rows,
     )

@@ -51,7 +51,7 @@ from magi_sink_cp.dist.planning.mask import (
     runs,
     take,
 )
-from magi_sink_cp.dist.planning.packing import Segments, pack
+from magi_sink_cp.dist.planning.packing import Packed, Segments, pack
 
 
 @dataclass(frozen=True)
@@ -138,20 +138,25 @@ class Mask:
         self._buffers: dict[int, tuple[int, int]] = {}
 
     def schedule(
-        self, rank: int, overlap_degree: int, large_rows: int | None = None, routed: bool = False
+        self,
+        rank: int,
+        overlap_degree: int,
+        large_rows: int | None = None,
+        gaps: bool = False,
+        routed: bool = False,
     ) -> Schedule:
         """The schedule of ``rank``.
 
         Args:
             overlap_degree: how many stages travel behind another one's computation; at most
                 cp_size - 1 count.
-            large_rows: as in :func:`~magi_sink_cp.dist.planning.packing.pack`.
+            large_rows, gaps: as in :func:`~magi_sink_cp.dist.planning.packing.pack`.
             routed: add the routes of the exchanges.
         """
         pieces = take(self._pieces, self._pieces.rank == rank)
         own = self._places.of(rank)
         if self.cp_size == 1:
-            return self._put_together(rank, [], [_segments(pieces, own)], 1, large_rows)
+            return self._put_together(rank, [], pack([_segments(pieces, own)], 1, large_rows, gaps))
         traffic = self._traffic(overlap_degree, None if routed else rank)
         if traffic.degree == 0:
             alone = self._own.within(pieces) == pieces.key_hi - pieces.key_lo
@@ -163,17 +168,10 @@ class Mask:
         segments += [_segments(travelling, buffer) for _, buffer in stages]
         # The first stage sees every row, so that dsink can be reduced behind the others.
         owning = 1 if traffic.degree else 2
-        return self._put_together(rank, [s for s, _ in stages], segments, owning, large_rows)
+        packed = pack(segments, owning, large_rows, gaps)
+        return self._put_together(rank, [stage for stage, _ in stages], packed)
 
-    def _put_together(
-        self,
-        rank: int,
-        travelling: Sequence[Stage],
-        segments: Sequence[Segments],
-        owning_stages: int,
-        large_rows: int | None,
-    ) -> Schedule:
-        packed = pack(segments, owning_stages, large_rows)
+    def _put_together(self, rank: int, travelling: Sequence[Stage], packed: Packed) -> Schedule:
         cast = Exchange("group_cast of stage 0", (), (), num_tokens(self._layout[rank]))
         reduce = Exchange("group_reduce of stage 0", (), (), 0)
         stages = [Stage(True, (), cast, (), reduce), *travelling]

@@ -36,7 +36,7 @@ from torch.distributed import ProcessGroup
 
 from magi_sink_cp.dist import driver
 from magi_sink_cp.dist.guard.agreement import GroupRef, collect
-from magi_sink_cp.dist.guard.watchdog import Communication, watch
+from magi_sink_cp.dist.guard.watchdog import Communication, stream_watcher
 from magi_sink_cp.dist.planning.exchange import Exchange
 from magi_sink_cp.dist.transport.base import OwnCopies, Transfer, Transport
 from magi_sink_cp.dist.transport.rendezvous import rendezvous
@@ -350,6 +350,7 @@ class _Cuda:
 
     def __init__(self, group: ProcessGroup) -> None:
         self._group = GroupRef(group)
+        self._watch = stream_watcher(group)
         self._device = torch.device("cuda", torch.cuda.current_device())
         # With priority: a ready copy must not queue behind kernels where the hardware shares
         # queues.
@@ -358,6 +359,7 @@ class _Cuda:
         self._free_events: list[driver.Handle] = []
 
     def check(self) -> None:
+        self._group()  # raises if it has been destroyed
         if torch.cuda.is_current_stream_capturing():
             raise RuntimeError(
                 "symm_mem counts its transfers and cannot be captured in a CUDA graph; make the "
@@ -447,7 +449,7 @@ class _Cuda:
         driver.wait_flag(address, value, stream)
 
     def watch(self, exchange: Exchange, stream: int) -> None:
-        watch(exchange, self._group(), stream)
+        self._watch(exchange, stream)
 
 
 @contextlib.contextmanager

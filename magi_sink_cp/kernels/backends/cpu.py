@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -51,6 +52,8 @@ class CpuBackend(Backend):
         "num_splits", "pack_gqa", "sm_margin",
     })  # fmt: skip
 
+    leaves_gaps = True
+
     def unavailable(self) -> str | None:
         return None
 
@@ -70,7 +73,8 @@ class CpuBackend(Backend):
         out: Tensor | None,
         want_probs: bool,
     ) -> Partial:
-        partial = nothing_seen(q, out, v.shape[-1])
+        gaps = request.varlen is not None and request.varlen.gaps
+        partial = nothing_seen(q, None if gaps else out, v.shape[-1])
         if q.dtype == FP8:
             q, k, v = _dequantised(q, k, v, request)
         with _full_precision():
@@ -81,6 +85,10 @@ class CpuBackend(Backend):
                     _flash_forward(*tensors, request.params, out_rows, lse_rows)
                 else:
                     _forward_document(*tensors, request.params, out_rows, lse_rows)
+        if gaps and out is not None:
+            for rows, _, _ in _documents(q, request.varlen):
+                out[rows] = partial.out[rows]
+            return replace(partial, out=out)
         return partial
 
     def _backward(
@@ -110,6 +118,10 @@ class CpuBackend(Backend):
                         dout[rows], *tensors, lse[stats], row_term[stats], request.params
                     )
                 dq[rows], dk[keys], dv[keys] = grads
+        if into is not None and request.varlen is not None and request.varlen.gaps:
+            for rows, _, _ in _documents(q, request.varlen):
+                into.dq[rows] = dq[rows]
+            dq = into.dq
         return store(Gradients(dq, dk, dv, RowDelta(delta, q.shape[-3])), into)
 
 

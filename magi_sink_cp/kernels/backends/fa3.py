@@ -102,6 +102,7 @@ class Fa3Backend(NoLseGradientBackend):
     })  # fmt: skip
     dtypes = (torch.float16, torch.bfloat16, FP8)
     max_head_dim_v = 512
+    leaves_gaps = True
 
     def unavailable(self) -> str | None:
         if not torch.cuda.is_available():
@@ -182,7 +183,7 @@ class Fa3Backend(NoLseGradientBackend):
     ) -> Gradients:
         library, params, varlen = _library(), request.params, request.varlen
         shortened = varlen is not None and (
-            varlen.seqused_q is not None or varlen.seqused_k is not None
+            (varlen.seqused_q is not None and not varlen.gaps) or varlen.seqused_k is not None
         )
         dq, dk, dv = new_gradients(q, k, v) if into is None else (into.dq, into.dk, into.dv)
         if shortened:

@@ -121,7 +121,12 @@ class NoLseGradientBackend(FlashBackend):
         request = replace(request, params=request.params._replace(dropout_p=0.0))
         no_values = torch.zeros_like(v)
         split = Partial(split_out, saved.lse)
-        share = self._kernel_backward(split_dout, q, k, no_values, split, request, None)
+        share_into = None
+        if request.varlen is not None and request.varlen.gaps:
+            share_into = Gradients(
+                torch.zeros_like(q), torch.zeros_like(k), torch.zeros_like(v), None
+            )  # which adds 0 in a gap
+        share = self._kernel_backward(split_dout, q, k, no_values, split, request, share_into)
         dq = (grads.dq + share.dq.float() / scale).to(q.dtype)
         dk = (grads.dk + share.dk.float() / scale).to(q.dtype)
         return store(Gradients(dq, dk, grads.dv, grads.delta), into)
