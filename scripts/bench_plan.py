@@ -4,18 +4,28 @@ from __future__ import annotations
 
 import argparse
 import json
+import resource
 import statistics
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
 from bench_dist import draw_documents, start_ranks
 from benchlib import Row, draw, summary
 
-from magi_sink_cp import CPPlan, cp_attention_with_sink, make_cp_plan, prefetch_plans
+from magi_sink_cp import (
+    CPBlueprint,
+    CPPlan,
+    cp_attention_with_sink,
+    make_cp_blueprint,
+    make_cp_plan,
+    prefetch_plans,
+)
 from magi_sink_cp.dist.planning.blueprint import PlanInput, make_blueprint
 from magi_sink_cp.dist.planning.cost import CallSizes
 
@@ -56,9 +66,12 @@ def run(args: argparse.Namespace) -> Iterator[list[Row]]:
         yield [row for tokens, ranks in SIZES for row in host_rows(args, tokens, ranks)]
     dist.barrier()
     for transport in ("auto", "nccl"):
-        rows = step_rows(args, transport)
+        rows = step_rows(args, transport) + call_rows(args, transport)
         if dist.get_rank() == 0:
             yield rows
+    rows = memory_rows()
+    if dist.get_rank() == 0:
+        yield rows
     dist.barrier()
     dist.destroy_process_group()
 
@@ -131,10 +144,31 @@ def step_rows(args: argparse.Namespace, transport: str) -> list[Row]:
         )
         return (plan for _, plan in given)
 
+    def ahead_in_a_thread() -> Iterator[CPPlan]:
+        """What prefetch_plans does in a process."""
+        asked = known[0].blueprint.asked
+
+        def blueprint_of(offsets: list[int]) -> CPBlueprint:
+            made = make_cp_blueprint(
+                TOKENS, cp_size=len(known[0].blueprint.layout), rank=dist.get_rank(),
+                cu_seqlens=offsets, windows=WINDOWS,
+            )  # fmt: skip
+            made.prepare(asked)
+            return made
+
+        with ThreadPoolExecutor(1) as thread:
+            coming = [thread.submit(blueprint_of, offsets) for offsets in stream[:2]]
+            for number in range(len(stream)):
+                if number + 2 < len(stream):
+                    coming.append(thread.submit(blueprint_of, stream[number + 2]))
+                made = coming.pop(0).result()
+                yield make_cp_plan(made, group=group, transport=transport)
+
     ways: dict[str, Callable[[], Iterable[CPPlan]]] = {
         "known plans": lambda: known * 4,
         "new plans": new,
         "new plans, prefetched": ahead,
+        "new plans, prefetched in a thread": ahead_in_a_thread,
     }
     times: dict[str, list[float]] = {name: [] for name in ways}
     for number in range(max(6, args.rounds // 3)):
@@ -167,3 +201,88 @@ def step_rows(args: argparse.Namespace, transport: str) -> list[Row]:
             print(f"{name}: {way:22s} {statistics.median(values) / 1e3:7.2f} ms a step, "
                   f"{statistics.median(extra) / 1e3:+6.2f}", flush=True)  # fmt: skip
     return rows
+
+
+def call_rows(args: argparse.Namespace, transport: str) -> list[Row]:
+    """The host's time for calls whose plan is known, while the GPU has other work."""
+    group, rows = dist.group.WORLD, []
+    for name, tokens, offsets, window in (
+        ("64k packed", TOKENS, draw_documents(TOKENS, 0), (-1, 0)),
+        ("64k packed, window", TOKENS, draw_documents(TOKENS, 0), (127, 0)),
+        ("8k", 8192, None, (-1, 0)),
+        ("8k, window", 8192, None, (127, 0)),
+    ):
+        plan = make_cp_plan(tokens, group=group, cu_seqlens=offsets, transport=transport)
+        q, k, v, dout, sink = draw((plan.local_tokens,), 64)
+        times: dict[str, list[float]] = {"forward": [], "backward": []}
+        for number in range(args.rounds + 2):
+            torch.cuda.synchronize()
+            dist.barrier()
+            torch.cuda._sleep(100_000_000)
+            outs = []
+            for _ in range(4):
+                start = time.perf_counter()
+                outs.append(cp_attention_with_sink(q, k, v, sink, plan=plan, window_size=window))
+                if number >= 2:
+                    times["forward"].append(1e6 * (time.perf_counter() - start))
+            while outs:
+                start = time.perf_counter()
+                torch.autograd.grad(outs.pop(), (q, k, v, sink), dout)
+                if number >= 2:
+                    times["backward"].append(1e6 * (time.perf_counter() - start))
+        text = f"{plan.transport.name if plan.transport else 'one rank'}: host, {name}:"
+        for way, values in times.items():
+            rows.append(
+                {
+                    "tokens": tokens,
+                    "heads": 64,
+                    "heads_kv": 8,
+                    "head_dim": 64,
+                    "ranks": plan.cp_size,
+                    "measured": f"{text} {way} of a known plan",
+                    **summary(values),
+                }
+            )
+            text_of_way = f" {way} {statistics.median(values) / 1e3:.2f} ms"
+            if dist.get_rank() == 0:
+                print(text + text_of_way, flush=True)
+    return rows
+
+
+def memory_rows() -> list[Row]:
+    """Memory after 500 and after 2,500 steps, each with a new plan of 8k tokens."""
+    group, rows = dist.group.WORLD, []
+    local_tokens = make_cp_plan(8192, group=group).local_tokens  # whatever the documents
+    q, k, v, dout, sink = draw((local_tokens,), 64)
+    for number in range(2501):
+        offsets = draw_documents(8192, number)
+        plan = make_cp_plan(8192, group=group, cu_seqlens=offsets)
+        for window in WINDOWS:
+            out = cp_attention_with_sink(q, k, v, sink, plan=plan, window_size=window)
+            torch.autograd.grad(out, (q, k, v, sink), dout)
+        del out, plan
+        if number in (500, 2500):
+            torch.cuda.synchronize()
+            measured = {
+                "of the host, resident": resident_bytes(),
+                "of the GPU, allocated": torch.cuda.memory_allocated(),
+                "of the GPU, reserved": torch.cuda.memory_reserved(),
+            }
+            for what, num_bytes in measured.items():
+                rows.append(
+                    {
+                        "tokens": 8192,
+                        "ranks": dist.get_world_size(),
+                        "measured": f"memory {what}, after {number} new plans",
+                        "mib": num_bytes / 2**20,
+                    }
+                )
+                if dist.get_rank() == 0:
+                    print(f"after {number} plans: {num_bytes / 2**20:.1f} MiB {what}", flush=True)
+    return rows
+
+
+def resident_bytes() -> int:
+    """Memory of this process that is in RAM (Linux)."""
+    pages = int(Path("/proc/self/statm").read_text().split()[1])
+    return pages * resource.getpagesize()

@@ -27,6 +27,7 @@ from magi_sink_cp.dist.planning.blueprint import CPBlueprint, PlanInput
 from magi_sink_cp.dist.planning.cost import LATENCY_S, LINK, CallSizes
 from magi_sink_cp.dist.planning.exchange import Schedule
 from magi_sink_cp.dist.planning.mask import Window
+from magi_sink_cp.dist.planning.packing import Gaps
 
 FLOPS = {"forward": 6e14, "backward": 5e14}
 PAIR_FLOPS = {"forward": 4, "backward": 10}
@@ -105,7 +106,8 @@ def simulated(
     rows: list[Row] = []
     for way, degree in zip(("forward", "backward"), overlap.degrees, strict=True):
         large_rows = overlap.large_rows if way == "forward" else None
-        schedules = [mask.schedule(rank, degree, large_rows, gaps=True) for rank in range(cp_size)]
+        gaps = Gaps(True, None if way == "forward" else overlap.idle_tiles)
+        schedules = [mask.schedule(rank, degree, large_rows, gaps) for rank in range(cp_size)]
         steps = [
             predicted_s(schedule, rank_pairs, way, link, sizes)
             for schedule, rank_pairs in zip(schedules, pairs, strict=True)

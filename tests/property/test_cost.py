@@ -97,7 +97,7 @@ def test_a_halo_is_worth_no_copy_of_the_own_keys():
     share = work(131072, 2, window=(128, 0))
     assert choose(share, 2, "nvlink").degrees == (1, 1)
     narrow = dataclasses.replace(share, head_dim=64)
-    assert choose(narrow, 2, "nvlink", SINK_KERNEL_SLOWER) == Overlap((1, 1), True, 4224, ANY)
+    assert choose(narrow, 2, "nvlink", SINK_KERNEL_SLOWER) == Overlap((1, 1), True, 4224, ANY, ANY)
     assert mask(131072, 2, (128, 0)).share() == Share(128, 128, 0)
 
 

@@ -32,7 +32,7 @@ from magi_sink_cp.dist.planning.mask import (
     pairs_of_rows,
     visible_pairs,
 )
-from magi_sink_cp.dist.planning.packing import KernelCall
+from magi_sink_cp.dist.planning.packing import NO_GAPS, Gaps, KernelCall
 from magi_sink_cp.dist.planning.schedule import Mask
 from tests.support.cases import offsets
 from tests.support.reference import document_mask
@@ -76,7 +76,7 @@ def local_tokens(layout, rank) -> list[int]:
 
 
 def simulate(
-    total: int, bands: Bands, layout, overlap_degree: int, large_rows: int | None, gaps: bool
+    total: int, bands: Bands, layout, overlap_degree: int, large_rows: int | None, gaps: Gaps
 ) -> tuple[torch.Tensor, list[Schedule]]:
     """How often each (query, key) pair of the whole sequence is computed, following every rank's
     schedule with real buffers.
@@ -116,7 +116,7 @@ def simulate(
                         if seen
                     )
                 assert pairs_of(call) == pairs
-                assert call.seqused_q is None or (gaps and call.owns_rows)
+                assert call.seqused_q is None or (gaps.allowed and call.owns_rows)
                 if call.owns_rows:
                     owns = [rows[i] for lo, hi in call.written_rows for i in range(lo, hi)]
                     assert not set(owns) & set(written), "a call writes rows that another one wrote"
@@ -167,7 +167,7 @@ def received(layout, schedules: list[Schedule], rank: int, number: int) -> list[
     return buffer
 
 
-def check(lengths, cp_size, window_size, layout, overlap_degree, large_rows=None, gaps=False):
+def check(lengths, cp_size, window_size, layout, overlap_degree, large_rows=None, gaps=NO_GAPS):
     bands = bands_of_documents(documents_of(lengths), window_size)
     counts, schedules = simulate(sum(lengths), bands, layout, overlap_degree, large_rows, gaps)
     for rank, schedule in enumerate(schedules):
@@ -183,6 +183,7 @@ def degrees(cp_size: int) -> st.SearchStrategy[int]:
     return st.integers(0, max(1, cp_size - 1))
 
 
+GAPS = st.sampled_from([NO_GAPS, Gaps(True), Gaps(True, 0)])
 windows = st.tuples(st.integers(-1, 30), st.integers(-1, 30))
 
 
@@ -193,7 +194,7 @@ windows = st.tuples(st.integers(-1, 30), st.integers(-1, 30))
     cp_size=st.integers(1, 5),
     window_size=windows,
     large_rows=st.sampled_from([None, 1, 5]),
-    gaps=st.booleans(),
+    gaps=GAPS,
 )
 def test_windows_of_any_size_against_any_chunk(
     data, lengths, cp_size, window_size, large_rows, gaps
@@ -283,7 +284,7 @@ def test_gaps_join_calls():
     )
     mask = Mask(layout, bands_of_documents(documents, CAUSAL))
     for rank in range(2):
-        for gaps, most in ((False, 3), (True, 1)):
+        for gaps, most in ((NO_GAPS, 3), (Gaps(True), 1), (Gaps(True, 0), 3), (Gaps(True, 1), 1)):
             stages = mask.schedule(rank, 0, gaps=gaps).stages
             assert max(len(stage.calls) for stage in stages) == most
 
@@ -295,7 +296,7 @@ def test_gaps_join_calls():
     cp_size=st.integers(1, 5),
     causal=st.booleans(),
     layout=st.sampled_from(sorted(LAYOUTS)),
-    gaps=st.booleans(),
+    gaps=GAPS,
 )
 def test_every_pair_is_computed_once_and_no_key_sent_too_many(
     data, lengths, cp_size, causal, layout, gaps
@@ -315,7 +316,7 @@ def test_every_pair_is_computed_once_and_no_key_sent_too_many(
 @given(
     data=st.data(),
     window_size=st.one_of(st.sampled_from([FULL, CAUSAL]), windows),
-    gaps=st.booleans(),
+    gaps=GAPS,
 )
 def test_any_layout(data, window_size, gaps):
     """Layouts are data: arbitrary disjoint ranges per rank work too, with equal counts or not."""
@@ -340,7 +341,7 @@ def test_any_layout(data, window_size, gaps):
     cp_size=st.integers(1, 4),
     name=st.sampled_from(sorted(LAYOUTS)),
     large_rows=st.sampled_from([None, 3]),
-    gaps=st.booleans(),
+    gaps=GAPS,
 )
 def test_slices_of_any_type(data, total, cp_size, name, large_rows, gaps):
     slices = data.draw(slices_of(total))

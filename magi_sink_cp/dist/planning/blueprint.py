@@ -29,6 +29,7 @@ from magi_sink_cp.dist.planning.mask import (
     expand,
     join_bands,
 )
+from magi_sink_cp.dist.planning.packing import NO_GAPS, Gaps
 from magi_sink_cp.dist.planning.schedule import Mask
 
 # How many masks, schedules and choices a blueprint keeps. A model has a few kinds of layers.
@@ -130,7 +131,7 @@ class CPBlueprint:
         overlap_degree: int,
         batch_size: int = 1,
         large_rows: int | None = None,
-        gaps: bool = False,
+        gaps: Gaps = NO_GAPS,
         routed: bool = False,
     ) -> Schedule:
         """This rank's schedule. The arguments are those of Mask.schedule."""
@@ -216,8 +217,12 @@ class CPBlueprint:
         """
         degrees = overlap.degrees if overlap_degree is None else (overlap_degree, overlap_degree)
         batch = sizes.batch_size
-        forward = self.schedule(window_size, degrees[0], batch, overlap.large_rows, gaps, routed)
-        backward = self.schedule(window_size, degrees[1], batch, None, gaps, routed)
+        forward = self.schedule(
+            window_size, degrees[0], batch, overlap.large_rows, Gaps(gaps), routed
+        )
+        backward = self.schedule(
+            window_size, degrees[1], batch, None, Gaps(gaps, overlap.idle_tiles), routed
+        )
         return degrees, forward, backward
 
     def asks(self, *what: Any) -> None:

@@ -59,6 +59,9 @@ SINK_KERNEL_SLOWER = 0.045
 # Processors, and the query rows of one head that a kernel gives one of them at a time.
 PROCESSORS = 132
 TILE_ROWS = 128
+# A tile that FlashAttention-3's backward starts, and finds no keys for: it starts as many for every
+# document as for the longest. What one call less is worth, the host's time included.
+IDLE_TILE_S, JOINED_CALL_S = 6e-9, 40e-6
 # From so many rounds of tiles on, the idle processors at the end of a call do not matter.
 LARGE_WAVES = 16
 # Computation of a pass, in seconds. Below, two streams wait for each other as long as they save.
@@ -117,12 +120,14 @@ class Overlap:
         degrees: overlap_degree of forward and backward.
         sink_in_kernel: the forward kernels add the sink; else the merge does.
         large_rows: neighbouring segments of so many rows are forward calls of their own.
+        idle_tiles: as in :class:`~magi_sink_cp.dist.planning.packing.Gaps`, for backward.
         two_lanes: for forward and backward, whether calls run in turns on two streams.
     """
 
     degrees: tuple[int, int]
     sink_in_kernel: bool
     large_rows: int
+    idle_tiles: int
     two_lanes: tuple[bool, bool]
 
 
@@ -173,6 +178,7 @@ def choose_overlap(
         degrees=(cheapest("forward"), cheapest("backward")),
         sink_in_kernel=sink_in_kernel,
         large_rows=-(-LARGE_WAVES * PROCESSORS // work.heads) * TILE_ROWS,
+        idle_tiles=int(JOINED_CALL_S / (work.heads * IDLE_TILE_S)),
         two_lanes=(_two_lanes(work, "forward"), _two_lanes(work, "backward")),
     )
 

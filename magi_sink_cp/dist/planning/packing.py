@@ -27,6 +27,25 @@ from magi_sink_cp.dist.planning.mask import (
 _OPEN_CALLS = 16
 
 
+class Gaps(NamedTuple):
+    """Which gaps calls may have.
+
+    Attributes:
+        allowed: for kernels that can leave rows out.
+        idle_tiles: a gap may join two parts of a call if the kernel then starts at most so many
+            more tiles without keys, in each head; None is any number. FlashAttention-3's backward
+            starts as many tiles of keys for each document as the longest one has.
+    """
+
+    allowed: bool = False
+    idle_tiles: int | None = None
+
+
+NO_GAPS = Gaps()
+# Keys of one tile.
+_TILE_KEYS = 128
+
+
 class Segments(NamedTuple):
     """Query rows × keys of one band under a kernel's window, as arrays.
 
@@ -103,7 +122,7 @@ def pack(
     stages: Sequence[Segments],
     owning_stages: int,
     large_rows: int | None = None,
-    gaps: bool = False,
+    gaps: Gaps = NO_GAPS,
 ) -> Packed:
     """The kernel calls for the segments of each stage.
 
@@ -111,7 +130,7 @@ def pack(
         owning_stages: only calls of so many first stages may own their rows.
         large_rows: neighbouring segments of at least so many rows stay in calls of their own. Dense
             calls are faster than packed ones (FlashAttention-4's by a sixth under a window of 128).
-        gaps: calls that own their rows may have gaps; for kernels that can leave rows out.
+        gaps: what gaps calls that own their rows may have.
     """
     joined = [_join(segments) for segments in stages]
     owners = _choose_owners(joined[:owning_stages])
@@ -218,7 +237,7 @@ def _calls(
     owners: Flags,
     seen: tuple[Ints, Ints],
     large_rows: int | None,
-    gaps: bool,
+    gaps: Gaps,
 ) -> Iterator[KernelCall]:
     """The calls of one stage."""
     s = segments
@@ -229,11 +248,11 @@ def _calls(
     groups = _group(s, owns, seen, large_rows, gaps)
     groups.sort(key=lambda group: (not owns[group[0]], s.row_lo[group[0]], s.key_lo[group[0]]))
     for group in groups:
-        yield _call(take(s, group), bool(owns[group[0]]), gaps)
+        yield _call(take(s, group), bool(owns[group[0]]), gaps.allowed)
 
 
 def _group(
-    s: Segments, owns: Flags, seen: tuple[Ints, Ints], large_rows: int | None, gaps: bool
+    s: Segments, owns: Flags, seen: tuple[Ints, Ints], large_rows: int | None, gaps: Gaps
 ) -> list[NDArray[np.intp]]:
     """Segments of one window that ascend in rows and keys.
 
@@ -246,7 +265,8 @@ def _group(
     it fits, so this takes n log n steps.
     """
     rows = s.row_hi - s.row_lo
-    closed = owns & (not gaps)
+    # Gaps of any kind are found one segment after the other, else one run after the other.
+    closed = owns & (not gaps.allowed or gaps.idle_tiles is not None)
     ends = _Ends(
         kind=np.cumsum(
             np.diff(s.left, prepend=s.left[:1]).astype(bool)
@@ -263,18 +283,56 @@ def _group(
         small=np.full(len(rows), True) if large_rows is None else rows < large_rows,
     )
     first, last = runs(_fits(take(ends, slice(-1)), take(ends, slice(1, None))))
+    tiles = -(-(s.key_hi - s.key_lo) // _TILE_KEYS)
+    longest = np.maximum.reduceat(tiles, first) if len(first) else first
     one_by_one = [
         _Ends(*values) for values in zip(*(array.tolist() for array in ends), strict=True)
     ]
-    groups: list[list[Range]] = []
-    for run in zip(first.tolist(), (last + 1).tolist(), strict=True):
+
+    def follows(group: _Group, new: _Group) -> bool:
+        before, behind = one_by_one[group.runs[-1][1] - 1], one_by_one[new.runs[0][0]]
+        if _fits(before, behind):
+            return True
+        if not gaps.allowed or gaps.idle_tiles is None or not _fits(before.open(), behind.open()):
+            return False
+        return group.idle_tiles(new) <= gaps.idle_tiles
+
+    groups: list[_Group] = []
+    for lo, hi, most in zip(first.tolist(), (last + 1).tolist(), longest.tolist(), strict=True):
+        new = _Group([(lo, hi)], hi - lo, most)
         for group in groups[-_OPEN_CALLS:]:
-            if _fits(one_by_one[group[-1][1] - 1], one_by_one[run[0]]):
-                group.append(run)
+            if follows(group, new):
+                group.add(new)
                 break
         else:
-            groups.append([run])
-    return [np.concatenate([np.arange(lo, hi) for lo, hi in group]) for group in groups]
+            groups.append(new)
+    return [np.concatenate([np.arange(lo, hi) for lo, hi in group.runs]) for group in groups]
+
+
+@dataclass
+class _Group:
+    """Runs of segments for one call.
+
+    Attributes:
+        runs: (start, stop) among the segments.
+        documents: segments, and gaps between runs.
+        longest: the most tiles of keys that a segment has.
+    """
+
+    runs: list[Range]
+    documents: int
+    longest: int
+
+    def idle_tiles(self, other: _Group) -> int:
+        """Tiles without keys that a kernel starts more if ``other`` joins behind a gap."""
+        documents, longest = self.documents + 1 + other.documents, max(self.longest, other.longest)
+        apart = self.documents * self.longest + other.documents * other.longest
+        return documents * longest - apart
+
+    def add(self, other: _Group) -> None:
+        self.runs += other.runs
+        self.documents += 1 + other.documents
+        self.longest = max(self.longest, other.longest)
 
 
 class _Ends(NamedTuple):
@@ -298,6 +356,10 @@ class _Ends(NamedTuple):
     ended: Any
     room: Any
     small: Any
+
+    def open(self) -> _Ends:
+        """The same segment if rows that see something may lie beside it."""
+        return self._replace(begun=0, ended=0)
 
 
 def _fits(last: _Ends, new: _Ends) -> Any:

@@ -51,7 +51,7 @@ from magi_sink_cp.dist.planning.mask import (
     runs,
     take,
 )
-from magi_sink_cp.dist.planning.packing import Packed, Segments, pack
+from magi_sink_cp.dist.planning.packing import NO_GAPS, Gaps, Packed, Segments, pack
 
 
 @dataclass(frozen=True)
@@ -142,7 +142,7 @@ class Mask:
         rank: int,
         overlap_degree: int,
         large_rows: int | None = None,
-        gaps: bool = False,
+        gaps: Gaps = NO_GAPS,
         routed: bool = False,
     ) -> Schedule:
         """The schedule of ``rank``.
