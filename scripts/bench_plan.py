@@ -108,7 +108,7 @@ def planned(tokens: int, ranks: int, offsets: list[int], link: str) -> float:
     )
     for window in WINDOWS:
         overlap = blueprint.overlap(window, sizes, None, link)
-        blueprint.pass_schedules(window, sizes, overlap, None, True, link == "nvlink")
+        blueprint.pass_schedules(window, sizes, overlap, None, link == "nvlink")
     blueprint.position_runs()
     return 1e6 * (time.perf_counter() - start)
 

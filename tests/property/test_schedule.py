@@ -53,10 +53,17 @@ def zigzag(total: int, cp_size: int):
 
 
 def build_schedule(
-    layout, documents, window_size, rank, overlap_degree, large_rows=None, routed=False
+    layout,
+    documents,
+    window_size,
+    rank,
+    overlap_degree,
+    large_rows=None,
+    gaps=NO_GAPS,
+    routed=False,
 ) -> Schedule:
     mask = Mask(layout, bands_of_documents(documents, window_size))
-    return mask.schedule(rank, overlap_degree, large_rows, routed=routed)
+    return mask.schedule(rank, overlap_degree, large_rows, gaps, routed)
 
 
 def pairs_of(call: KernelCall) -> int:
@@ -127,6 +134,8 @@ def simulate(
             ]
             assert seen_by_stage >= set(travelled), "a key travels to a rank where no query sees it"
             assert len(travelled) == len(set(travelled)), "a key travels twice"
+            copied = {key for _, place in stage.own for key in keys[slice(*place)]}
+            assert seen_by_stage >= copied, "an own key is copied for nothing"
         owned = [rows[i] for lo, hi in schedule.owned for i in range(lo, hi)]
         assert len(written) == len(set(written))
         assert set(written) >= set(owned)
@@ -250,12 +259,15 @@ def test_what_a_window_sends_does_not_grow_with_the_sequence(cp_size, overlap_de
     for total in (2**14, 2**17, 2**20):
         layout = zigzag(total, cp_size)
         schedules = [
-            build_schedule(layout, [(0, total)], (128, 0), rank, overlap_degree)
+            build_schedule(layout, [(0, total)], (128, 0), rank, overlap_degree, gaps=Gaps(True))
             for rank in range(cp_size)
         ]
         sent[total] = [schedule.sent_tokens for schedule in schedules]
         for schedule in schedules:
-            assert sum(len(stage.calls) for stage in schedule.stages) <= 3
+            calls = sum(len(stage.calls) for stage in schedule.stages)
+            assert calls <= (2 if overlap_degree == 0 else 3)
+            copied = sum(hi - lo for stage in schedule.stages for (lo, hi), _ in stage.own)
+            assert copied <= 2 * 128, "own keys that no row sees beside others'"
     assert len(set(map(tuple, sent.values()))) == 1
     assert max(sent[2**20]) <= 2 * 128
 

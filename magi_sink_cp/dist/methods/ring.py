@@ -141,7 +141,10 @@ class Ring(Method):
             sink_backend = None  # rows of several slices have no call that sees all their keys
         if sink_backend is not None:
             slower = 0.0 if sink_backend is backend else SINK_KERNEL_SLOWER
-        sizes = CallSizes(call.batch_size, q.shape[-2], k.shape[-2], q.shape[-1], q.element_size())
+        sizes = CallSizes(
+            call.batch_size, q.shape[-2], k.shape[-2], q.shape[-1], q.element_size(),
+            backend.leaves_gaps,
+        )  # fmt: skip
         transport, blueprint = plan.transport, plan.blueprint
         link = "network" if transport is None else transport.link
         routed = transport is not None and transport.needs_route
@@ -151,11 +154,10 @@ class Ring(Method):
         if sink_backend is not None:
             log_choice(sink_backend)
         window, batch_size = params.window_size, call.batch_size
-        gaps = backend.leaves_gaps and sink_backend is None
         degrees, forward, backward = blueprint.pass_schedules(
-            window, sizes, overlap, options.overlap_degree, gaps, routed
+            window, sizes, overlap, options.overlap_degree, routed
         )
-        blueprint.asks(window, sizes, slower, link, options.overlap_degree, gaps, routed)
+        blueprint.asks(window, sizes, slower, link, options.overlap_degree, routed)
         return RingState(
             transport=transport,
             forward=bind(forward, params, q.device),

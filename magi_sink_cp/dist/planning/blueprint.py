@@ -188,10 +188,10 @@ class CPBlueprint:
 
         Degrees that a call was given itself are its own; the others follow the cost model.
         """
-        for window, sizes, slower, link, degrees, gaps, routed in asked:
+        for window, sizes, slower, link, degrees, routed in asked:
             overlap = self.overlap(window, sizes, slower, link)
-            self.pass_schedules(window, sizes, overlap, degrees, gaps, routed)
-            self.asks(window, sizes, slower, link, degrees, gaps, routed)
+            self.pass_schedules(window, sizes, overlap, degrees, routed)
+            self.asks(window, sizes, slower, link, degrees, routed)
 
     @property
     def asked(self) -> list[tuple[Any, ...]]:
@@ -208,7 +208,6 @@ class CPBlueprint:
         sizes: CallSizes,
         overlap: Overlap,
         overlap_degree: int | None,
-        gaps: bool,
         routed: bool,
     ) -> tuple[tuple[int, int], Schedule, Schedule]:
         """The degrees, and the schedules of forward and backward, of one kind of call.
@@ -216,12 +215,12 @@ class CPBlueprint:
         ``overlap_degree`` is None where the cost model chooses.
         """
         degrees = overlap.degrees if overlap_degree is None else (overlap_degree, overlap_degree)
-        batch = sizes.batch_size
+        batch, allowed = sizes.batch_size, sizes.leaves_gaps and not overlap.sink_in_kernel
         forward = self.schedule(
-            window_size, degrees[0], batch, overlap.large_rows, Gaps(gaps), routed
+            window_size, degrees[0], batch, overlap.large_rows, Gaps(allowed), routed
         )
         backward = self.schedule(
-            window_size, degrees[1], batch, None, Gaps(gaps, overlap.idle_tiles), routed
+            window_size, degrees[1], batch, None, Gaps(allowed, overlap.idle_tiles), routed
         )
         return degrees, forward, backward
 

@@ -9,7 +9,7 @@ fp32 accumulator of dq, which is zeroed, read and rounded once more, and the sum
 Seconds beyond the computation itself, per rank:
 
     link(t)       = LATENCY + bytes of k and v of t tokens / LINK
-    travel        = link(all remote keys) + a pass over the rank's own k and v, which are copied
+    travel        = link(all remote keys) + a pass over the own keys that are copied beside them
     forward, 0:   what of travel is longer than the rows that see own keys alone + calls · CALL
     backward, 0:  the same + link(all remote keys), for the way home
     forward, n:   n · (STAGE + 2 bytes per element of q in those rows / MEMORY) + calls · CALL
@@ -18,8 +18,10 @@ Seconds beyond the computation itself, per rank:
     backward, n:  as forward, with 16 bytes and 2 · link, + link(keys of the last stage)
 
 and STAGES_SLOWER · the computation for n: FlashAttention-3 takes longer for two forward calls. With
-``ranges`` token ranges per rank, degree 0 makes as many kernel calls, or twice as many where
-documents end inside them. Degree n makes one for the own keys and half as many as ranges per stage.
+``ranges`` token ranges per rank, degree 0 makes as many kernel calls. Where documents end inside
+them it makes two, and one for each range and one more in backward; or, with kernels that leave no
+gaps, twice as many as ranges. Degree n makes one for the own keys and half as many as ranges per
+stage.
 
 Passes that are neither very short nor very long run their calls in turns on two streams
 (methods/lanes.py). Kernels that add the sink (fa4) save the merge's pass over out and are slower
@@ -82,6 +84,8 @@ class CallSizes(NamedTuple):
     heads_kv: int
     head_dim: int
     element_size: int
+    # Whether the kernels can leave rows between a call's segments to other calls.
+    leaves_gaps: bool = True
 
 
 @dataclass(frozen=True)
@@ -92,16 +96,19 @@ class Work:
         rows: query tokens.
         pairs: visible (query, key) pairs.
         remote_keys: tokens that travel to the rank.
+        own_keys: own tokens that the same rows see.
         remote_rows: rows that see any of them.
         alone_pairs: visible pairs of rows that see own keys alone, computed meanwhile.
         ranges: token ranges that the rank holds.
         documents: of the whole sequence.
         heads, heads_kv, head_dim, element_size: of q, k and v.
+        leaves_gaps: as in CallSizes.
     """
 
     rows: int
     pairs: int
     remote_keys: int
+    own_keys: int
     remote_rows: int
     alone_pairs: int
     ranges: int
@@ -110,6 +117,7 @@ class Work:
     heads_kv: int
     head_dim: int
     element_size: int
+    leaves_gaps: bool
 
 
 @dataclass(frozen=True)
@@ -138,6 +146,7 @@ def make_work(mask: Mask, sizes: CallSizes) -> Work:
         rows=mask.local_tokens,
         pairs=mask.pairs() // mask.cp_size,
         remote_keys=share.remote_keys,
+        own_keys=share.own_keys,
         remote_rows=share.remote_rows,
         alone_pairs=share.alone_pairs,
         ranges=mask.most_ranges,
@@ -146,6 +155,7 @@ def make_work(mask: Mask, sizes: CallSizes) -> Work:
         heads_kv=sizes.heads_kv,
         head_dim=sizes.head_dim,
         element_size=sizes.element_size,
+        leaves_gaps=sizes.leaves_gaps,
     )
 
 
@@ -221,8 +231,8 @@ def cost_s(
 
     computation = _computation_s(work, direction)
     if degree == 0:
-        calls = work.ranges * (1 if work.documents == 1 else 2)
-        travel = link_s(work.remote_keys) + 2 * work.rows * token_bytes / MEMORY
+        calls = work.ranges if work.documents == 1 else _calls_over_documents(work, direction)
+        travel = link_s(work.remote_keys) + 2 * work.own_keys * token_bytes / MEMORY
         alone = computation * work.alone_pairs / max(1, work.pairs)
         home = link_s(work.remote_keys) if direction == "backward" else 0.0
         return max(0.0, travel - alone) + home + calls * call_s
@@ -237,6 +247,13 @@ def cost_s(
         merged += 2 * partial + later_calls * call_s + 16 * work.rows * work.heads / MEMORY
     slower = STAGES_SLOWER[direction] * work.remote_rows / max(1, work.rows) * computation
     return merged + degree * exposed + slower + (trips - 1) * transfer + call_s
+
+
+def _calls_over_documents(work: Work, direction: str) -> int:
+    """Calls of degree 0 where documents end inside the ranges."""
+    if not work.leaves_gaps:
+        return 2 * work.ranges
+    return 2 if direction == "forward" else work.ranges + 1
 
 
 def _token_bytes(work: Work) -> int:

@@ -60,11 +60,13 @@ class Share:
 
     Attributes:
         remote_keys: keys that travel to it.
+        own_keys: its own keys that the same rows see.
         remote_rows: rows that see any of them.
         alone_pairs: visible pairs of rows in pieces that see own keys alone.
     """
 
     remote_keys: int
+    own_keys: int
     remote_rows: int
     alone_pairs: int
 
@@ -95,7 +97,8 @@ class _Pieces(NamedTuple):
 
 
 class _Arrivals(NamedTuple):
-    """Keys that a rank sees, by the ranges of those who hold them; in the order of ranks and keys.
+    """What the rows of a rank that see others' keys see, by the ranges of those who hold it; in the
+    order of ranks and keys.
 
     Attributes:
         target: who sees them.
@@ -134,6 +137,17 @@ class Mask:
         self._bands = bands
         self._pieces = _find_pieces(self._places, bands)
         self._own = _OwnTokens(self._places)
+        # Pieces, or parts of them, whose rows see own keys alone; and those that wait for others'.
+        alone = self._own.suffices(self._pieces)
+        parts = self._own.split(take(self._pieces, ~alone))
+        alone_too = self._own.suffices(parts)
+        self._alone = _Pieces(
+            *(
+                np.concatenate(both)
+                for both in zip(take(self._pieces, alone), take(parts, alone_too), strict=True)
+            )
+        )
+        self._waiting = take(parts, ~alone_too)
         self._arrivals = self._find_arrivals()
         self._buffers: dict[int, tuple[int, int]] = {}
 
@@ -153,14 +167,12 @@ class Mask:
             large_rows, gaps: as in :func:`~magi_sink_cp.dist.planning.packing.pack`.
             routed: add the routes of the exchanges.
         """
-        pieces = take(self._pieces, self._pieces.rank == rank)
-        own = self._places.of(rank)
+        pieces, own = _of_rank(self._pieces, rank), self._places.of(rank)
         if self.cp_size == 1:
             return self._put_together(rank, [], pack([_segments(pieces, own)], 1, large_rows, gaps))
         traffic = self._traffic(overlap_degree, None if routed else rank)
         if traffic.degree == 0:
-            alone = self._own.within(pieces) == pieces.key_hi - pieces.key_lo
-            local, travelling = take(pieces, alone), take(pieces, ~alone)
+            local, travelling = _of_rank(self._alone, rank), _of_rank(self._waiting, rank)
         else:
             local = travelling = pieces
         stages = traffic.of(rank, self.buffers(traffic.degree) if routed else None)
@@ -188,14 +200,12 @@ class Mask:
 
         The smallest, as the rank with least to compute meanwhile waits longest for its keys.
         """
-        pieces, arrivals = self._pieces, self._arrivals
-        alone = self._own.within(pieces) == pieces.key_hi - pieces.key_lo
-        pairs = np.bincount(
-            pieces.rank[alone], pieces.pairs()[alone].astype(float), minlength=self.cp_size
-        )
+        arrivals, alone, waiting = self._arrivals, self._alone, self._waiting
+        pairs = np.bincount(alone.rank, alone.pairs().astype(float), minlength=self.cp_size)
         return Share(
             int(arrivals.size[arrivals.step > 0].sum()) // self.cp_size,
-            int(self._own.waiting_rows(pieces).sum()) // self.cp_size,
+            int(arrivals.size[arrivals.step == 0].sum()) // self.cp_size,
+            int((waiting.row_hi - waiting.row_lo).sum()) // self.cp_size,
             int(pairs.min()),
         )
 
@@ -203,7 +213,7 @@ class Mask:
         """Visible pairs of the rank's rows, or of all."""
         if rank is None:
             return int(band_pairs(self._bands).sum())
-        return int(take(self._pieces, self._pieces.rank == rank).pairs().sum())
+        return int(_of_rank(self._pieces, rank).pairs().sum())
 
     def buffers(self, overlap_degree: int) -> tuple[int, int]:
         """Tokens of the largest buffer of any rank and stage: for keys, and for gradients."""
@@ -245,8 +255,8 @@ class Mask:
         return take(self._arrivals, self._arrivals.step > 0)
 
     def _find_arrivals(self) -> _Arrivals:
-        """What every rank sees, cut where its holder changes."""
-        p = self._pieces
+        """What every rank's waiting rows see, cut where its holder changes."""
+        p = self._waiting
         span = int(self._places.hi.max(initial=0)) + 1  # apart: the ranks' tokens
         lo, hi = covered(p.rank * span + p.key_lo, p.rank * span + p.key_hi)
         target = lo // span
@@ -260,6 +270,10 @@ class Mask:
         place = self._places.start[at] + start - self._places.lo[at]
         step = (target - source) % self.cp_size
         return _Arrivals(target, source, start, stop - start, place, step)
+
+
+def _of_rank(pieces: _Pieces, rank: int) -> _Pieces:
+    return take(pieces, pieces.rank == rank)
 
 
 def _find_pieces(held: Places, bands: Bands) -> _Pieces:
@@ -300,19 +314,20 @@ class _OwnTokens:
         inside = np.minimum(token, self._held.hi[index]) - self._held.lo[index]
         return np.where(index < 0, 0, self._held.start[index] + inside), index
 
-    def within(self, pieces: _Pieces) -> Ints:
-        """How many of each piece's keys its rank holds."""
+    def suffices(self, pieces: _Pieces) -> Flags:
+        """Which pieces see keys of their own rank alone."""
         if not len(pieces.rank):
-            return pieces.rank
-        return (
+            return np.zeros(0, dtype=bool)
+        own = (
             self._before(pieces.rank, pieces.key_hi)[0]
             - self._before(pieces.rank, pieces.key_lo)[0]
         )
+        return own == pieces.key_hi - pieces.key_lo
 
-    def waiting_rows(self, pieces: _Pieces) -> Ints:
-        """How many rows of each piece see keys that travel, between the first and the last."""
+    def split(self, pieces: _Pieces) -> _Pieces:
+        """The pieces, cut where rows begin or end to see others' keys beside their own range."""
         if not len(pieces.rank):
-            return pieces.rank
+            return pieces
         p, held = pieces, self._held
         # The range that holds the rows, and those that hold the first and the last key, if any.
         _, rows_at = self._before(p.rank, p.row_lo)
@@ -327,10 +342,26 @@ class _OwnTokens:
             start, stop = np.maximum(p.row_lo, lo - p.hi), np.minimum(p.row_hi, hi - p.lo)
             return start, np.where(lo < hi, np.maximum(start, stop), start)
 
-        one, one_end = rows_of(first, np.minimum(p.key_hi, held.lo[rows_at]))
-        two, two_end = rows_of(np.maximum(p.key_lo, held.hi[rows_at]), last)
-        both = np.maximum(0, np.minimum(one_end, two_end) - np.maximum(one, two))
-        return (one_end - one) + (two_end - two) - both
+        cuts = np.stack(
+            [
+                p.row_lo,
+                *rows_of(first, np.minimum(p.key_hi, held.lo[rows_at])),
+                *rows_of(np.maximum(p.key_lo, held.hi[rows_at]), last),
+                p.row_hi,
+            ],
+            axis=1,
+        )
+        cuts = np.sort(np.clip(cuts, p.row_lo[:, None], p.row_hi[:, None]), axis=1)
+        row_lo, row_hi = cuts[:, :-1].ravel(), cuts[:, 1:].ravel()
+        p = _Pieces(*(np.repeat(x, cuts.shape[1] - 1) for x in p))
+        parts = p._replace(
+            row_lo=row_lo,
+            row_hi=row_hi,
+            start=p.start + row_lo - p.row_lo,
+            key_lo=np.maximum(p.key_lo, row_lo + p.lo),
+            key_hi=np.minimum(p.key_hi, row_hi + p.hi),
+        )
+        return take(parts, (row_lo < row_hi) & (parts.key_lo < parts.key_hi))
 
 
 class _Traffic:
