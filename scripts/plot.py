@@ -211,7 +211,7 @@ def draw_plan(rows: list[dict[str, str]]) -> Any:
     figure, (host, steps) = plt.subplots(1, 2, figsize=(10, 3.6))
     sizes = list(
         dict.fromkeys(
-            (int(row["tokens"]), row["ranks"]) for row in rows if "host" in row["measured"]
+            (int(row["tokens"]), row["ranks"]) for row in rows if row["measured"] == "host: a new plan"
         )
     )
     for offset, (suffix, color) in enumerate((("", BLUE), (", before", GREY))):
@@ -229,7 +229,7 @@ def draw_plan(rows: list[dict[str, str]]) -> Any:
     names = [row["measured"].removeprefix("step over ").removesuffix(", extra") for row in extra]
     values = [float(row["median_us"]) / 1e3 for row in extra]
     steps.barh(names[::-1], values[::-1], color=ORANGE)
-    steps.set(xlabel="ms a step over known plans", title="new documents in each step, two GPUs")
+    steps.set(xlabel="ms a step over known plans", title="new documents, two GPUs")
     return figure
 
 
