@@ -14,7 +14,6 @@ TEST = [
     "hypothesis>=6.100",
     "import-linter>=2.1",
     "matplotlib>=3.7",
-    "numpy>=1.24",  # Triton's interpreter
     "pytest>=8",
     "pytest-xdist>=3.6",
     "pytest-timeout>=2.2",
@@ -34,7 +33,7 @@ setup(
     packages=find_packages(include=["magi_sink_cp", "magi_sink_cp.*"]),
     package_data={"magi_sink_cp": ["py.typed"]},
     python_requires=">=3.10",
-    install_requires=["torch>=2.11"],
+    install_requires=["torch>=2.11", "numpy>=1.24"],
     extras_require={
         # There is no extra for FlashAttention-3: xformers 0.0.34, which holds it, pins torch 2.10.
         # `make fa3` installs it beside any torch.

@@ -101,7 +101,7 @@ def host_rows(args: argparse.Namespace, tokens: int, ranks: int) -> list[Row]:
 
 def planned(tokens: int, ranks: int, offsets: list[int], link: str) -> float:
     """Microseconds of a blueprint and of its schedules, full and window layers, both passes."""
-    sizes = CallSizes(1, 64, 8, 128, 2)
+    sizes = CallSizes(1, 64, 8, 128, 2, True)
     start = time.perf_counter()
     blueprint = make_blueprint(
         PlanInput(tokens, offsets, None, None, "balanced"), ranks, ranks // 2

@@ -211,7 +211,9 @@ def draw_plan(rows: list[dict[str, str]]) -> Any:
     figure, (host, steps) = plt.subplots(1, 2, figsize=(10, 3.6))
     sizes = list(
         dict.fromkeys(
-            (int(row["tokens"]), row["ranks"]) for row in rows if row["measured"] == "host: a new plan"
+            (int(row["tokens"]), row["ranks"])
+            for row in rows
+            if row["measured"] == "host: a new plan"
         )
     )
     for offset, (suffix, color) in enumerate((("", BLUE), (", before", GREY))):

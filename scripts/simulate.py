@@ -58,7 +58,7 @@ def main() -> int:
     except (OSError, ValueError) as error:
         parser.error(f"--documents: {error}")
     heads, heads_kv, head_dim = args.heads
-    sizes = CallSizes(1, heads, heads_kv, head_dim, 2)
+    sizes = CallSizes(1, heads, heads_kv, head_dim, 2, True)
     rows = [
         row
         for cp_size in args.cp

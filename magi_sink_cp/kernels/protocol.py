@@ -73,7 +73,7 @@ class Varlen:
             aligned to the rows and keys that exist.
         gaps: the rows that ``seqused_q`` leaves out belong to another call: ``out`` and
             ``into.dq`` are left alone there, and lse and delta are undefined. Only for backends
-            that ``leaves_gaps``.
+            with the feature "gaps", which write to ``out`` and ``into`` where they are.
     """
 
     cu_seqlens_q: Tensor
@@ -122,6 +122,8 @@ class KernelRequest:
         used: dict[str, object] = {}
         if self.varlen is not None:
             used = {"seqused_q": self.varlen.seqused_q, "seqused_k": self.varlen.seqused_k}
+        if self.varlen is not None and self.varlen.gaps:
+            features = features | {"gaps": True}
         if self.extras is not NO_EXTRAS or any(x is not None for x in used.values()):
             tensors = vars(self.extras) | used
             given = {name: "a tensor" for name, x in tensors.items() if x is not None}
@@ -240,8 +242,6 @@ class Backend(ABC):
     # The optional fields of AttentionParams, Extras and Varlen that the kernels honour. A request
     # that sets another one is refused.
     features: frozenset[str] = frozenset()
-    # Whether it honours Varlen.gaps, writing to ``out`` and ``into.dq`` where they are.
-    leaves_gaps = False
 
     @abstractmethod
     def unavailable(self) -> str | None:

@@ -66,7 +66,7 @@ MASKS = {
 
 
 @pytest.mark.parametrize("name", MASKS)
-@pytest.mark.parametrize("num_ranks", [2, 4])
+@pytest.mark.parametrize("num_ranks", [1, 2, 4])
 def test_masks(num_ranks, name):
     run_on_ranks(num_ranks, body_masks, name=name)
 

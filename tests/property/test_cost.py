@@ -34,7 +34,7 @@ def mask(tokens: int, cp_size: int, window=CAUSAL, documents: int = 1) -> Mask:
 
 
 def work(tokens: int, cp_size: int, window=CAUSAL, documents: int = 1) -> Work:
-    return make_work(mask(tokens, cp_size, window, documents), CallSizes(1, 64, 8, 128, 2))
+    return make_work(mask(tokens, cp_size, window, documents), CallSizes(1, 64, 8, 128, 2, True))
 
 
 def choose(

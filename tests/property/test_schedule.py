@@ -296,9 +296,19 @@ def test_gaps_join_calls():
     )
     mask = Mask(layout, bands_of_documents(documents, CAUSAL))
     for rank in range(2):
-        for gaps, most in ((NO_GAPS, 3), (Gaps(True), 1), (Gaps(True, 0), 3), (Gaps(True, 1), 1)):
+        for gaps, most in ((NO_GAPS, 3), (Gaps(True), 1), (Gaps(True, 1), 3), (Gaps(True, 2), 1)):
             stages = mask.schedule(rank, 0, gaps=gaps).stages
             assert max(len(stage.calls) for stage in stages) == most
+
+
+def test_no_gap_over_many_keys_where_tiles_would_idle():
+    """Every document of a call gets as many tiles as its longest, and so would the keys between."""
+    lengths = [1000] * 32 + [1500] * 43 + [31572] + [1000] * 3
+    documents, total = documents_of(lengths), sum(lengths)
+    mask = Mask(zigzag(total, 2), bands_of_documents(documents, CAUSAL))
+    for gaps, calls in ((Gaps(True), 1), (Gaps(True, 104), 2)):
+        local, _ = mask.schedule(0, 0, gaps=gaps).stages
+        assert len(local.calls) == calls
 
 
 @settings(max_examples=300, deadline=None)

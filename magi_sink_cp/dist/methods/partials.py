@@ -76,15 +76,17 @@ class Partials:
             return nothing_seen(self._q, self.out)
         owned = sorted(self._owned, key=lambda each: each[0].start)
         partials = [partial for partial, _ in owned]
-        first, first_gap = owned[0]
-        if len(owned) == 1 and first.out.is_contiguous() and _are_all([first], rows):
+        first, _ = owned[0]
+        has_gaps = any(gap is not None for _, gap in owned)  # where lse is undefined
+        are_all = not has_gaps and _are_all(partials, rows)
+        if len(owned) == 1 and first.out.is_contiguous() and are_all:
             return first
         for partial, gap in owned:
             target = self.out[slice(*_span(partial))]
             if partial.out.data_ptr() != target.data_ptr():  # a kernel that cannot choose where
                 assert gap is None, "kernels that leave gaps write where they are told to"
                 target.copy_(partial.out)
-        if first_gap is None and _are_all(partials, rows):
+        if are_all:
             return Partial(self.out, torch.cat([partial.lse for partial in partials], dim=1))
         if _span(first) == (0, rows) and not self._rows_missing:
             lse, owned = first.lse, owned[1:]

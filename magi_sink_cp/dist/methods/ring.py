@@ -143,7 +143,7 @@ class Ring(Method):
             slower = 0.0 if sink_backend is backend else SINK_KERNEL_SLOWER
         sizes = CallSizes(
             call.batch_size, q.shape[-2], k.shape[-2], q.shape[-1], q.element_size(),
-            backend.leaves_gaps,
+            "gaps" in backend.features,
         )  # fmt: skip
         transport, blueprint = plan.transport, plan.blueprint
         link = "network" if transport is None else transport.link

@@ -215,12 +215,15 @@ class CPBlueprint:
         ``overlap_degree`` is None where the cost model chooses.
         """
         degrees = overlap.degrees if overlap_degree is None else (overlap_degree, overlap_degree)
-        batch, allowed = sizes.batch_size, sizes.leaves_gaps and not overlap.sink_in_kernel
-        forward = self.schedule(
-            window_size, degrees[0], batch, overlap.large_rows, Gaps(allowed), routed
-        )
+        batch, gaps = sizes.batch_size, Gaps(sizes.leaves_gaps and not overlap.sink_in_kernel)
+        forward = self.schedule(window_size, degrees[0], batch, overlap.large_rows, gaps, routed)
         backward = self.schedule(
-            window_size, degrees[1], batch, None, Gaps(allowed, overlap.idle_tiles), routed
+            window_size,
+            degrees[1],
+            batch,
+            None,
+            Gaps(sizes.leaves_gaps, overlap.idle_tiles),
+            routed,
         )
         return degrees, forward, backward
 

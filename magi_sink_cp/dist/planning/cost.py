@@ -1,8 +1,8 @@
 """The cost model behind ``overlap_degree="auto"``.
 
 It chooses between plans whose results are the same: how the keys travel, and which kernels add the
-sink. Degree 0 gathers all keys and computes no row twice. Each travelling stage of degree n > 0
-hides a transfer behind the computation before it, at the price of one more partial result of the
+sink. Degree 0 gathers all keys at once, and computes no row twice. Each travelling stage of degree
+n > 0 hides a transfer behind the computation before it, at the price of one more partial result of the
 rows that see its keys: another pass over out in the merge. In backward it costs FlashAttention's
 fp32 accumulator of dq, which is zeroed, read and rounded once more, and the sum of two dq.
 
@@ -84,8 +84,9 @@ class CallSizes(NamedTuple):
     heads_kv: int
     head_dim: int
     element_size: int
-    # Whether the kernels can leave rows between a call's segments to other calls.
-    leaves_gaps: bool = True
+    # Whether the kernels can leave rows between a call's segments to other calls; those that add
+    # the sink cannot.
+    leaves_gaps: bool
 
 
 @dataclass(frozen=True)
@@ -96,8 +97,8 @@ class Work:
         rows: query tokens.
         pairs: visible (query, key) pairs.
         remote_keys: tokens that travel to the rank.
-        own_keys: own tokens that the same rows see.
-        remote_rows: rows that see any of them.
+        own_keys: own tokens that rows see which also see some of these.
+        remote_rows: rows that see any of the remote keys.
         alone_pairs: visible pairs of rows that see own keys alone, computed meanwhile.
         ranges: token ranges that the rank holds.
         documents: of the whole sequence.
@@ -231,7 +232,10 @@ def cost_s(
 
     computation = _computation_s(work, direction)
     if degree == 0:
-        calls = work.ranges if work.documents == 1 else _calls_over_documents(work, direction)
+        gaps = work.leaves_gaps and not (sink_in_kernel and direction == "forward")
+        calls = work.ranges
+        if work.documents > 1:
+            calls = _calls_over_documents(work, direction) if gaps else 2 * work.ranges
         travel = link_s(work.remote_keys) + 2 * work.own_keys * token_bytes / MEMORY
         alone = computation * work.alone_pairs / max(1, work.pairs)
         home = link_s(work.remote_keys) if direction == "backward" else 0.0
@@ -250,9 +254,7 @@ def cost_s(
 
 
 def _calls_over_documents(work: Work, direction: str) -> int:
-    """Calls of degree 0 where documents end inside the ranges."""
-    if not work.leaves_gaps:
-        return 2 * work.ranges
+    """Calls of degree 0, with gaps, where documents end inside the ranges."""
     return 2 if direction == "forward" else work.ranges + 1
 
 

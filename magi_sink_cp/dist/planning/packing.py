@@ -72,7 +72,7 @@ class KernelCall:
     The rows of its segments are disjoint, and so are their keys: backward writes dq, dk and dv
     without overlap. Rows or keys between two segments appear as documents without keys or rows; so
     out and dq, or dk and dv, become 0 there. Rows of a document that ``seqused_q`` leaves out are
-    a *gap*: the call neither reads nor writes them.
+    a *gap*: they are nothing to the call, and it does not write them.
 
     Attributes:
         rows: rows of q that the call reads.
@@ -265,7 +265,7 @@ def _group(
     it fits, so this takes n log n steps.
     """
     rows = s.row_hi - s.row_lo
-    # Gaps of any kind are found one segment after the other, else one run after the other.
+    # With idle_tiles, a run has no gaps, and whole runs are joined over gaps below.
     closed = owns & (not gaps.allowed or gaps.idle_tiles is not None)
     ends = _Ends(
         kind=np.cumsum(
@@ -283,26 +283,26 @@ def _group(
         small=np.full(len(rows), True) if large_rows is None else rows < large_rows,
     )
     first, last = runs(_fits(take(ends, slice(-1)), take(ends, slice(1, None))))
-    tiles = -(-(s.key_hi - s.key_lo) // _TILE_KEYS)
-    longest = np.maximum.reduceat(tiles, first) if len(first) else first
+    documents, longest = _documents_of_runs(s, first)
     one_by_one = [
         _Ends(*values) for values in zip(*(array.tolist() for array in ends), strict=True)
     ]
 
     def follows(group: _Group, new: _Group) -> bool:
-        before, behind = one_by_one[group.runs[-1][1] - 1], one_by_one[new.runs[0][0]]
+        before, behind = group.last(one_by_one), one_by_one[new.runs[0][0]]
         if _fits(before, behind):
             return True
         if not gaps.allowed or gaps.idle_tiles is None or not _fits(before.open(), behind.open()):
             return False
-        return group.idle_tiles(new) <= gaps.idle_tiles
+        return group.idle_tiles(new, behind.key_lo - before.key_hi) <= gaps.idle_tiles
 
     groups: list[_Group] = []
-    for lo, hi, most in zip(first.tolist(), (last + 1).tolist(), longest.tolist(), strict=True):
-        new = _Group([(lo, hi)], hi - lo, most)
+    each_run = (array.tolist() for array in (first, last + 1, documents, longest))
+    for lo, hi, number, most in zip(*each_run, strict=True):
+        new = _Group([(lo, hi)], number, most)
         for group in groups[-_OPEN_CALLS:]:
             if follows(group, new):
-                group.add(new)
+                group.add(new, one_by_one[lo].key_lo - group.last(one_by_one).key_hi)
                 break
         else:
             groups.append(new)
@@ -315,24 +315,46 @@ class _Group:
 
     Attributes:
         runs: (start, stop) among the segments.
-        documents: segments, and gaps between runs.
-        longest: the most tiles of keys that a segment has.
+        documents: of the call: segments, and rows and keys between them.
+        longest: the most tiles of keys that one of them has.
     """
 
     runs: list[Range]
     documents: int
     longest: int
 
-    def idle_tiles(self, other: _Group) -> int:
+    def last(self, segments: Sequence[_Ends]) -> _Ends:
+        return segments[self.runs[-1][1] - 1]
+
+    def idle_tiles(self, other: _Group, keys_between: int) -> int:
         """Tiles without keys that a kernel starts more if ``other`` joins behind a gap."""
-        documents, longest = self.documents + 1 + other.documents, max(self.longest, other.longest)
+        documents, longest = self._with(other, keys_between)
         apart = self.documents * self.longest + other.documents * other.longest
         return documents * longest - apart
 
-    def add(self, other: _Group) -> None:
+    def add(self, other: _Group, keys_between: int) -> None:
+        self.documents, self.longest = self._with(other, keys_between)
         self.runs += other.runs
-        self.documents += 1 + other.documents
-        self.longest = max(self.longest, other.longest)
+
+    def _with(self, other: _Group, keys_between: int) -> tuple[int, int]:
+        """The documents, and the longest, with the rows and keys between the two."""
+        documents = self.documents + 1 + (keys_between > 0) + other.documents
+        return documents, max(self.longest, other.longest, -(-keys_between // _TILE_KEYS))
+
+
+def _documents_of_runs(s: Segments, first: NDArray[np.intp]) -> tuple[Ints, Ints]:
+    """How many documents each run of segments is in a call, and the most tiles that one has.
+
+    ``first``: where the runs begin. Rows and keys between two segments are documents too.
+    """
+    if not len(first):
+        return np.zeros(0, dtype=np.int64), np.zeros(0, dtype=np.int64)
+    rows_before = np.append(0, s.row_lo[1:] - s.row_hi[:-1])
+    keys_before = np.append(0, s.key_lo[1:] - s.key_hi[:-1])
+    rows_before[first] = keys_before[first] = 0
+    keys = np.maximum(s.key_hi - s.key_lo, keys_before)
+    documents = 1 + (rows_before > 0) + (keys_before > 0)
+    return np.add.reduceat(documents, first), np.maximum.reduceat(-(-keys // _TILE_KEYS), first)
 
 
 class _Ends(NamedTuple):
@@ -342,7 +364,7 @@ class _Ends(NamedTuple):
         kind: equal where window and ownership are.
         row_lo, row_hi, key_lo, key_hi: of the segment.
         begun, ended: how many ranges of rows that see something begin before it, and end up to its
-            end; 0 if it owns no rows, or leaves gaps.
+            end; 0 if it owns no rows, or if any gap may be beside it.
         room: how many rows without a segment it allows beside it.
         small: not a call of its own.
     """

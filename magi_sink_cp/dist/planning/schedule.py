@@ -10,9 +10,9 @@ keys of rank (r - s) mod cp.
 All of it is arrays over the pieces, or the messages, of all ranks at once.
 
 ``overlap_degree`` n > 0: the local stage computes all rows with the rank's own keys. The other
-steps come in n groups, one stage each. ``overlap_degree`` 0: one stage gathers all keys and
-computes each row once with all that it sees. Rows that see own keys alone do not wait for it: they
-are in the local stage.
+steps come in n groups, one stage each. ``overlap_degree`` 0: one stage gathers all keys that rows
+see which see others' keys, and computes each of these rows once. Rows that see own keys alone do
+not wait for it: they are in the local stage. Under a window that is all but a halo's.
 
 Zigzag, causal mask, cp_size = 2, one document (rows × keys by chunk; \\ is a causal part, # a full
 rectangle):
@@ -60,9 +60,9 @@ class Share:
 
     Attributes:
         remote_keys: keys that travel to it.
-        own_keys: its own keys that the same rows see.
-        remote_rows: rows that see any of them.
-        alone_pairs: visible pairs of rows in pieces that see own keys alone.
+        own_keys: its own keys that rows see which also see some of these.
+        remote_rows: rows that see any of the remote keys.
+        alone_pairs: visible pairs of rows that see own keys alone.
     """
 
     remote_keys: int
@@ -325,7 +325,11 @@ class _OwnTokens:
         return own == pieces.key_hi - pieces.key_lo
 
     def split(self, pieces: _Pieces) -> _Pieces:
-        """The pieces, cut where rows begin or end to see others' keys beside their own range."""
+        """The pieces, cut where rows begin or end to see others' keys.
+
+        A rank's other ranges between the first and the last key that a piece sees are taken for
+        others' keys. Under documents there are none that would matter.
+        """
         if not len(pieces.rank):
             return pieces
         p, held = pieces, self._held

@@ -49,10 +49,8 @@ class CpuBackend(Backend):
     # effect.
     features = frozenset({
         "softcap", "deterministic", "seqused_q", "seqused_k", "q_descale", "k_descale", "v_descale",
-        "num_splits", "pack_gqa", "sm_margin",
+        "num_splits", "pack_gqa", "sm_margin", "gaps",
     })  # fmt: skip
-
-    leaves_gaps = True
 
     def unavailable(self) -> str | None:
         return None
@@ -75,6 +73,10 @@ class CpuBackend(Backend):
     ) -> Partial:
         gaps = request.varlen is not None and request.varlen.gaps
         partial = nothing_seen(q, None if gaps else out, v.shape[-1])
+        if gaps:
+            partial.lse.fill_(float("nan"))  # undefined in a gap; none may count on anything
+            for _, _, stats in _documents(q, request.varlen):
+                partial.lse[stats] = float("-inf")
         if q.dtype == FP8:
             q, k, v = _dequantised(q, k, v, request)
         with _full_precision():
@@ -119,9 +121,10 @@ class CpuBackend(Backend):
                     )
                 dq[rows], dk[keys], dv[keys] = grads
         if into is not None and request.varlen is not None and request.varlen.gaps:
-            for rows, _, _ in _documents(q, request.varlen):
-                into.dq[rows] = dq[rows]
-            dq = into.dq
+            known = torch.full_like(delta, float("nan"))
+            for rows, _, stats in _documents(q, request.varlen):
+                into.dq[rows], known[stats] = dq[rows], delta[stats]
+            dq, delta = into.dq, known
         return store(Gradients(dq, dk, dv, RowDelta(delta, q.shape[-3])), into)
 
 

@@ -98,11 +98,10 @@ class Fa3Backend(NoLseGradientBackend):
     features = frozenset({
         "softcap", "deterministic", "attention_chunk", "num_splits", "pack_gqa", "sm_margin",
         "seqused_q", "seqused_k", "qv",
-        "q_descale", "k_descale", "v_descale",
+        "q_descale", "k_descale", "v_descale", "gaps",
     })  # fmt: skip
     dtypes = (torch.float16, torch.bfloat16, FP8)
     max_head_dim_v = 512
-    leaves_gaps = True
 
     def unavailable(self) -> str | None:
         if not torch.cuda.is_available():

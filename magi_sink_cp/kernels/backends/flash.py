@@ -124,8 +124,8 @@ class NoLseGradientBackend(FlashBackend):
         share_into = None
         if request.varlen is not None and request.varlen.gaps:
             share_into = Gradients(
-                torch.zeros_like(q), torch.zeros_like(k), torch.zeros_like(v), None
-            )  # which adds 0 in a gap
+                torch.zeros_like(q), torch.empty_like(k), torch.empty_like(v), None
+            )  # whose dq adds 0 in a gap
         share = self._kernel_backward(split_dout, q, k, no_values, split, request, share_into)
         dq = (grads.dq + share.dq.float() / scale).to(q.dtype)
         dk = (grads.dk + share.dk.float() / scale).to(q.dtype)
