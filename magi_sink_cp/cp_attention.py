@@ -54,8 +54,8 @@ def cp_attention_with_sink(
             reduced. "none" leaves the partial sum, for frameworks that reduce parameter gradients
             themselves. "sum" and "avg" all-reduce it over the group.
         overlap_degree: in how many stages other ranks' keys travel while the stage before is
-            computed; at most cp_size - 1 count. 0 gathers them all at once. "auto" asks a cost model,
-            for forward and for backward (magi_sink_cp/dist/planning/cost.py).
+            computed; at most cp_size - 1 count. 0 gathers them all at once. "auto" asks a cost
+            model, for forward and for backward (magi_sink_cp/dist/planning/cost.py).
         grad_reduce_dtype: in which dk and dv of several ranks are added: torch.float32 (default;
             fp64 for fp64 inputs), or the dtype of k, which saves memory and rounds after each.
         checks: when the ranks compare their arguments. "auto": as under Raises. "always": at once

@@ -2,9 +2,10 @@
 
 It chooses between plans whose results are the same: how the keys travel, and which kernels add the
 sink. Degree 0 gathers all keys at once, and computes no row twice. Each travelling stage of degree
-n > 0 hides a transfer behind the computation before it, at the price of one more partial result of the
-rows that see its keys: another pass over out in the merge. In backward it costs FlashAttention's
-fp32 accumulator of dq, which is zeroed, read and rounded once more, and the sum of two dq.
+n > 0 hides a transfer behind the computation before it, at the price of one more partial result of
+the rows that see its keys: another pass over out in the merge. In backward it costs
+FlashAttention's fp32 accumulator of dq, which is zeroed, read and rounded once more, and the sum of
+two dq.
 
 Seconds beyond the computation itself, per rank:
 

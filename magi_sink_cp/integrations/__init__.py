@@ -1,0 +1,4 @@
+"""Attention with sinks where people already train.
+
+Each module needs the package that it is named after.
+"""

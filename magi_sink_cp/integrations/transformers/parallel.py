@@ -1,0 +1,294 @@
+"""Context parallelism around a whole model: each rank gets the whole batch, and runs its shard.
+
+A batch becomes one packed row of its tokens, without padding: each sample, or each packed document,
+is a document of the plan. Labels are shifted before, so that the token behind a shard's last one is
+the label of that one. The plan travels to every layer as the keyword ``cp_plan`` of forward.
+"""
+
+from __future__ import annotations
+
+import inspect
+import weakref
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.distributed import ProcessGroup
+from torch.distributed.device_mesh import DeviceMesh
+
+from magi_sink_cp.dist.plan import CPPlan, make_cp_plan
+from magi_sink_cp.integrations.transformers.attention import NAME
+from magi_sink_cp.integrations.transformers.losses import cp_load_balancing_loss, global_loss
+from magi_sink_cp.integrations.transformers.masks import find_documents
+
+_IGNORED = -100
+# Arguments of forward that shard_batch reads, and does not hand on as they are.
+_READ = (
+    "input_ids", "inputs_embeds", "attention_mask", "position_ids", "labels", "shift_labels",
+    "num_items_in_batch", "cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k",
+)  # fmt: skip
+_CACHES = ("cache", "past_key_values")
+# Rotary embeddings that depend on the largest position, of which each rank sees its own.
+_REFUSED_ROPE = ("dynamic", "longrope")
+
+
+class _Row(NamedTuple):
+    """A batch as one packed row.
+
+    Attributes:
+        shape: (batch, tokens) of the batch.
+        rows: int64, which of the flattened tokens exist; None if all.
+        offsets: of the documents in the packed row.
+    """
+
+    shape: tuple[int, int]
+    rows: Tensor | None
+    offsets: list[int]
+
+    def packed(self, x: Tensor) -> Tensor:
+        """(batch, tokens, …) → (tokens that exist, …)."""
+        flat = x.flatten(0, 1)
+        return flat if self.rows is None else flat[self.rows]
+
+    def spread(self, x: Tensor) -> Tensor:
+        """(tokens that exist, …) → (batch, tokens, …), 0 on padding."""
+        if self.rows is not None:
+            whole = x.new_zeros(self.shape[0] * self.shape[1], *x.shape[1:])
+            x = whole.index_copy(0, self.rows, x)
+        return x.unflatten(0, self.shape)
+
+
+def _as_row(batch: Mapping[str, Any]) -> _Row:
+    tokens = batch.get("input_ids")
+    tokens = batch.get("inputs_embeds") if tokens is None else tokens
+    if not isinstance(tokens, Tensor) or tokens.dim() not in (2, 3):
+        raise ValueError(
+            "the batch must hold input_ids (batch, tokens) or inputs_embeds (batch, tokens, "
+            f"hidden), got the keys {sorted(batch)}"
+        )
+    shape = tokens.shape[0], tokens.shape[1]
+    mask, positions, offsets = (
+        batch.get(name) for name in ("attention_mask", "position_ids", "cu_seq_lens_q")
+    )
+    if mask is not None:
+        if not isinstance(mask, Tensor) or mask.shape != shape:
+            given = tuple(mask.shape) if isinstance(mask, Tensor) else type(mask).__name__
+            raise ValueError(f"attention_mask must be (batch, tokens), {shape}, got {given}")
+        mask = None if bool(mask.all()) else mask.bool()
+    if positions is not None and (positions.dim() != 2 or positions.shape[1] != shape[1]):
+        raise ValueError(
+            f"position_ids must be (batch or 1, tokens), with {shape[1]} tokens, got "
+            f"{tuple(positions.shape)}"
+        )
+    if offsets is not None:
+        if shape[0] != 1 or mask is not None:
+            raise ValueError(
+                "cu_seq_lens_q are offsets in a batch of one packed row without padding, got "
+                f"{shape[0]} rows{'' if mask is None else ' with padding'}"
+            )
+        return _Row(shape, None, offsets.tolist())
+    if mask is not None:
+        lengths = torch.nn.functional.pad(mask.sum(1).cumsum(0), (1, 0))
+        return _Row(shape, mask.flatten().nonzero()[:, 0], lengths.tolist())
+    documents = None
+    if positions is not None:
+        documents = find_documents(positions.expand(shape[0], -1))
+    if documents is not None:
+        return _Row(shape, None, documents.cu_seqlens.tolist())
+    return _Row(shape, None, [sample * shape[1] for sample in range(shape[0] + 1)])
+
+
+def document_offsets(batch: Mapping[str, Any]) -> list[int]:
+    """The offsets of the documents that :func:`shard_batch` makes of a batch.
+
+    For plans that are made ahead: ``prefetch_plans(loader, group=group,
+    cu_seqlens=document_offsets)``.
+    """
+    return _as_row(batch).offsets
+
+
+def shard_batch(
+    batch: Mapping[str, Any],
+    group: ProcessGroup | DeviceMesh | None = None,
+    *,
+    layout: str = "auto",
+    plan: CPPlan | None = None,
+) -> dict[str, Any]:
+    """This rank's shard of a batch, as the arguments of a model's forward.
+
+    Every rank of the group must call this with the same batch. The model's loss is then this
+    rank's share of the mean over all labels: :func:`global_loss` makes it the whole one.
+
+    Args:
+        batch: input_ids or inputs_embeds, and where there are any attention_mask (batch, tokens),
+            position_ids, labels or shift_labels, num_items_in_batch, cu_seq_lens_q. Other entries
+            stay as they are.
+        group: the cp group, or None for one device.
+        layout: as in :func:`magi_sink_cp.make_cp_plan`.
+        plan: one that was made ahead, of :func:`document_offsets`, in place of group and layout.
+
+    Returns:
+        input_ids or inputs_embeds (1, local tokens, …), position_ids and labels and shift_labels
+        (1, local tokens), num_items_in_batch, cp_plan, use_cache False.
+
+    Raises:
+        ValueError: the batch or the plan does not fit.
+    """
+    row = _as_row(batch)
+    total = row.offsets[-1]
+    if plan is None:
+        plan = make_cp_plan(total, group=group, cu_seqlens=row.offsets, layout=layout)
+    elif plan.total_tokens != total:
+        raise ValueError(
+            f"the plan must be for the batch's {total} tokens that are no padding, got one for "
+            f"{plan.total_tokens}"
+        )
+    sharded = {name: value for name, value in batch.items() if name not in _READ}
+
+    def shard(x: Tensor, fill: float = 0) -> Tensor:
+        return plan.shard(row.packed(x), fill=fill)[None]
+
+    for name in ("input_ids", "inputs_embeds"):
+        if batch.get(name) is not None:
+            device = batch[name].device
+            sharded[name] = shard(batch[name])
+    positions = batch.get("position_ids")
+    if positions is None:
+        positions = torch.arange(row.shape[1], device=device)[None]
+    sharded["position_ids"] = shard(positions.expand(row.shape))
+    labels = batch.get("shift_labels")
+    if labels is None and batch.get("labels") is not None:
+        labels = torch.nn.functional.pad(batch["labels"], (0, 1), value=_IGNORED)[..., 1:]
+    if labels is not None:
+        sharded["labels"] = sharded["shift_labels"] = shard(labels, _IGNORED)
+        items = batch.get("num_items_in_batch")
+        if items is None:
+            items = (row.packed(labels) != _IGNORED).sum()
+        sharded["num_items_in_batch"] = items
+    sharded["cp_plan"], sharded["use_cache"] = plan, False
+    return sharded
+
+
+class ContextParallel:
+    """What :func:`context_parallel` has attached to a model; ``remove()`` takes it off again."""
+
+    def __init__(
+        self,
+        model: torch.nn.Module,
+        group: ProcessGroup | DeviceMesh | None,
+        layout: str,
+        unshard_logits: bool,
+        in_eval: bool,
+    ) -> None:
+        self._group, self._layout = group, layout
+        self._unshard_logits, self._in_eval = unshard_logits, in_eval
+        self._parameters = inspect.signature(model.forward)
+        self._rows: weakref.WeakKeyDictionary[CPPlan, _Row] = weakref.WeakKeyDictionary()
+        self._hooks = [
+            model.register_forward_pre_hook(self._before, with_kwargs=True),
+            model.register_forward_hook(self._after, with_kwargs=True),
+        ]
+
+    def remove(self) -> None:
+        """Let the model run whole batches again."""
+        for hook in self._hooks:
+            hook.remove()
+
+    def _before(
+        self, model: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+        bound = self._parameters.bind_partial(*args, **kwargs).arguments
+        given = {name: value for name, value in bound.items() if name != "kwargs"}
+        given |= bound.get("kwargs", {})
+        is_off = not (model.training or self._in_eval) or given.get("cp_plan") is not None
+        if is_off or any(given.get(name) is not None for name in _CACHES):
+            return None
+        given = {name: value for name, value in given.items() if value is not None}
+        sharded = shard_batch(given, self._group, layout=self._layout)
+        sharded.pop("labels", None)  # _after computes the loss, of all ranks
+        self._rows[sharded["cp_plan"]] = _as_row(given)
+        return (), {**sharded, "return_dict": True}
+
+    def _after(
+        self, model: Any, args: tuple[Any, ...], kwargs: dict[str, Any], outputs: Any
+    ) -> Any:
+        plan = kwargs.get("cp_plan")
+        row = None if plan is None else self._rows.pop(plan, None)
+        if plan is None or row is None:
+            return outputs
+        loss = None
+        if kwargs.get("shift_labels") is not None:
+            config = model.config.get_text_config()
+            loss = global_loss(
+                model.loss_function(
+                    logits=outputs.logits, labels=None, vocab_size=config.vocab_size,
+                    num_items_in_batch=kwargs["num_items_in_batch"],
+                    shift_labels=kwargs["shift_labels"],
+                ),
+                plan,
+            )  # fmt: skip
+        if outputs.get("aux_loss") is not None and outputs.get("router_logits"):
+            outputs.aux_loss = cp_load_balancing_loss(
+                outputs.router_logits, model.num_experts, model.num_experts_per_tok, plan
+            )
+            if loss is not None:
+                loss = loss + model.router_aux_loss_coef * outputs.aux_loss
+        if loss is not None:
+            outputs.loss = loss
+        if self._unshard_logits:
+            outputs.logits = row.spread(plan.unshard(outputs.logits[0]))
+        return outputs
+
+
+def context_parallel(
+    model: torch.nn.Module,
+    group: ProcessGroup | DeviceMesh | None = None,
+    *,
+    layout: str = "auto",
+    unshard_logits: bool = False,
+    in_eval: bool = False,
+) -> ContextParallel:
+    """Let a model's forward run each rank's shard of the batch that it is given.
+
+    Every rank of the group must call forward with the same batch: input_ids or inputs_embeds, with
+    labels, attention_mask, position_ids or cu_seq_lens_q as without context parallelism. The loss
+    is that of the whole batch, the mean over its labels, on every rank. Average the gradients over
+    the cp group, as DDP and FSDP do over theirs: a dp × cp mesh flattened, for example.
+
+    A forward with a cache, and so generate(), runs the whole batch on every rank.
+
+    Args:
+        model: a causal language model with attn_implementation="magi_sink".
+        group: the cp group: a ProcessGroup, a 1-D DeviceMesh, or None for one device.
+        layout: as in :func:`magi_sink_cp.make_cp_plan`.
+        unshard_logits: give (batch, tokens, vocabulary) logits, 0 on padding. Else they are
+            (1, local tokens, vocabulary): this rank's.
+        in_eval: shard in eval mode too.
+
+    Raises:
+        ValueError: the model has another attention, or cannot be sharded.
+    """
+    config: Any = getattr(model, "config", None)
+    implementation = getattr(config, "_attn_implementation", None)
+    if implementation != NAME:
+        raise ValueError(
+            f"context_parallel needs a model with attn_implementation={NAME!r}, got "
+            f"{implementation!r}; call register(), and pass it to from_pretrained, or call "
+            f"model.set_attn_implementation({NAME!r})"
+        )
+    if getattr(model, "loss_type", None) != "ForCausalLM":
+        raise ValueError(
+            "context_parallel knows the loss of causal language models, got "
+            f"{type(model).__name__}; use shard_batch, and global_loss, in a loop of your own"
+        )
+    text = config.get_text_config()
+    rope = getattr(text, "rope_parameters", None) or getattr(text, "rope_scaling", None) or {}
+    kinds = [rope, *(each for each in rope.values() if isinstance(each, dict))]
+    refused = [each["rope_type"] for each in kinds if each.get("rope_type") in _REFUSED_ROPE]
+    if refused:
+        raise ValueError(
+            f"context_parallel cannot shard rotary embeddings of the type {refused[0]!r}: they "
+            "depend on the largest position, of which each rank sees its own"
+        )
+    return ContextParallel(model, group, layout, unshard_logits, in_eval)
