@@ -57,7 +57,8 @@ def existing_keys(
         q_length, q_offset = cache_position.shape[0], cache_position[0]
         device = cache_position.device
     assert q_length is not None, "transformers 5 gives q_length, and 4 gives cache_position"
-    if isinstance(q_offset, Tensor) or kv_length + kv_offset > q_offset + q_length:
+    has_later = isinstance(q_offset, Tensor) or kv_length + kv_offset > q_offset + q_length
+    if has_later and kv_length > q_length:
         if attention_mask is not None:
             device = attention_mask.device
         key = torch.arange(kv_length, device=device) + kv_offset
