@@ -155,6 +155,7 @@ def body_wrong(group, device, *, way) -> None:
     from magi_sink_cp.integrations import transformers as magi
 
     batch, _ = batch_of("right")
+    batch["labels"][1:] = -100  # so the ranks have other numbers of labels
     model = make_model("gpt_oss")
     with_router = way == "aux mean of means"
     truth = step(model, **batch, output_router_logits=with_router)
@@ -216,11 +217,10 @@ def body_dp(group, device) -> None:
     truths = [step(model, **batch_of(kind)[0]) for kind in kinds]
     expected = {name: (grad + truths[1][1][name]) / 2 for name, grad in truths[0][1].items()}
     mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("dp", "cp"))
+    everyone = mesh._flatten("all")
     for layer in model.model.layers:
-        fully_shard(layer, mesh=mesh._flatten("all"))
-    fully_shard(
-        model, mesh=mesh["all"] if "all" in (mesh.mesh_dim_names or ()) else mesh._flatten("all")
-    )
+        fully_shard(layer, mesh=everyone)
+    fully_shard(model, mesh=everyone)
     magi.context_parallel(model, mesh["cp"])
     dp = mesh.get_local_rank("dp")
     model.zero_grad()

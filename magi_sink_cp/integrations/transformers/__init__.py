@@ -16,12 +16,14 @@ from magi_sink_cp.integrations.transformers.parallel import (
     document_offsets,
     shard_batch,
 )
+from magi_sink_cp.integrations.transformers.trainer import enable_trainer_context_parallel
 
 __all__ = [
     "ContextParallel",
     "context_parallel",
     "cp_load_balancing_loss",
     "document_offsets",
+    "enable_trainer_context_parallel",
     "global_loss",
     "register",
     "shard_batch",

@@ -110,13 +110,15 @@ _read: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
 
 @torch.compiler.disable(reason="the host reads how many keys exist")
 def packed_by(exists: Tensor, num_queries: int) -> tuple[Packed, Packed]:
-    """(queries, keys) that exist. The queries are the last ones of the keys.
+    """(queries, keys) that exist, of what :func:`existing_keys` gave.
 
-    ``exists`` is what :func:`existing_keys` gave.
+    The queries are the last ones of the keys; a static cache has room behind them.
     """
     known = _read.get(exists)
     if known is None or known[0] != (num_queries, exists._version):
-        end = int(exists.any(0).nonzero().max()) + 1 if bool(exists.any()) else exists.shape[1]
+        end = exists.shape[1]
+        if end > num_queries:
+            end = max(num_queries, int(exists.any(0).nonzero().max()) + 1)
         queries = exists[:, end - num_queries : end]
         known = (num_queries, exists._version), (_pack(queries), _pack(exists))
         _read[exists] = known

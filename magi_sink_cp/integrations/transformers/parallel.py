@@ -178,13 +178,23 @@ class ContextParallel:
         model: torch.nn.Module,
         group: ProcessGroup | DeviceMesh | None,
         layout: str,
-        unshard_logits: bool,
+        unshard_logits: bool | str,
         in_eval: bool,
+        share_of_loss: bool = False,
     ) -> None:
+        """Attach the hooks.
+
+        Args:
+            unshard_logits: True, False or "in eval".
+            share_of_loss: give each rank's share of the loss, for a trainer that adds them up.
+        """
         self._group, self._layout = group, layout
         self._unshard_logits, self._in_eval = unshard_logits, in_eval
+        self._share_of_loss = share_of_loss
         self._parameters = inspect.signature(model.forward)
-        self._rows: weakref.WeakKeyDictionary[CPPlan, _Row] = weakref.WeakKeyDictionary()
+        self._rows: weakref.WeakKeyDictionary[CPPlan, tuple[_Row, bool]] = (
+            weakref.WeakKeyDictionary()
+        )
         self._hooks = [
             model.register_forward_pre_hook(self._before, with_kwargs=True),
             model.register_forward_hook(self._after, with_kwargs=True),
@@ -207,38 +217,47 @@ class ContextParallel:
         given = {name: value for name, value in given.items() if value is not None}
         sharded = shard_batch(given, self._group, layout=self._layout)
         sharded.pop("labels", None)  # _after computes the loss, of all ranks
-        self._rows[sharded["cp_plan"]] = _as_row(given)
+        self._rows[sharded["cp_plan"]] = _as_row(given), "num_items_in_batch" in given
         return (), {**sharded, "return_dict": True}
 
     def _after(
         self, model: Any, args: tuple[Any, ...], kwargs: dict[str, Any], outputs: Any
     ) -> Any:
         plan = kwargs.get("cp_plan")
-        row = None if plan is None else self._rows.pop(plan, None)
-        if plan is None or row is None:
+        known = None if plan is None else self._rows.pop(plan, None)
+        if plan is None or known is None:
             return outputs
-        loss = None
+        row, items_given = known
+        loss = aux_loss = None
         if kwargs.get("shift_labels") is not None:
-            config = model.config.get_text_config()
-            loss = global_loss(
-                model.loss_function(
-                    logits=outputs.logits, labels=None, vocab_size=config.vocab_size,
-                    num_items_in_batch=kwargs["num_items_in_batch"],
-                    shift_labels=kwargs["shift_labels"],
-                ),
-                plan,
+            loss = model.loss_function(
+                logits=outputs.logits, labels=None,
+                vocab_size=model.config.get_text_config().vocab_size,
+                num_items_in_batch=kwargs["num_items_in_batch"],
+                shift_labels=kwargs["shift_labels"],
             )  # fmt: skip
         if outputs.get("aux_loss") is not None and outputs.get("router_logits"):
             outputs.aux_loss = cp_load_balancing_loss(
                 outputs.router_logits, model.num_experts, model.num_experts_per_tok, plan
             )
-            if loss is not None:
-                loss = loss + model.router_aux_loss_coef * outputs.aux_loss
+            aux_loss = model.router_aux_loss_coef * outputs.aux_loss
         if loss is not None:
-            outputs.loss = loss
-        if self._unshard_logits:
+            outputs.loss = self._put_together(loss, aux_loss, items_given, plan)
+        if self._unshard_logits is True or (self._unshard_logits and not model.training):
             outputs.logits = row.spread(plan.unshard(outputs.logits[0]))
         return outputs
+
+    def _put_together(
+        self, loss: Tensor, aux_loss: Tensor | None, items_given: bool, plan: CPPlan
+    ) -> Tensor:
+        """This rank's share of the loss of the labels, and all of the router's."""
+        if not self._share_of_loss:
+            loss = global_loss(loss, plan)
+            return loss if aux_loss is None else loss + aux_loss
+        if aux_loss is not None:
+            loss = loss + aux_loss / plan.cp_size
+        # Trainer adds the shares up if it counts the labels, else it takes their mean.
+        return loss if items_given else loss * plan.cp_size
 
 
 def context_parallel(
@@ -269,6 +288,12 @@ def context_parallel(
     Raises:
         ValueError: the model has another attention, or cannot be sharded.
     """
+    check_model(model)
+    return ContextParallel(model, group, layout, unshard_logits, in_eval)
+
+
+def check_model(model: Any) -> None:
+    """Raise ValueError if the model's attention is another one, or if it cannot be sharded."""
     config: Any = getattr(model, "config", None)
     implementation = getattr(config, "_attn_implementation", None)
     if implementation != NAME:
@@ -291,4 +316,3 @@ def context_parallel(
             f"context_parallel cannot shard rotary embeddings of the type {refused[0]!r}: they "
             "depend on the largest position, of which each rank sees its own"
         )
-    return ContextParallel(model, group, layout, unshard_logits, in_eval)
