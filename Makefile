@@ -34,7 +34,7 @@ docs: $(VENV)/.installed
 	$(BIN)/python -m pip install --quiet -e ".[docs]"
 	$(BIN)/mkdocs build --strict
 
-EXTRAS := fa4 test dev docs
+EXTRAS := transformers fa4 test dev docs
 extras: $(VENV)/.installed
 	for extra in $(EXTRAS); do \
 		$(BIN)/python -m pip install --dry-run --quiet --no-build-isolation ".[$$extra]" || exit 1; \

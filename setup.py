@@ -11,6 +11,7 @@ VERSION = re.search(
 ).group(1)
 
 TEST = [
+    "accelerate>=1.12",
     "hypothesis>=6.100",
     "import-linter>=2.1",
     "matplotlib>=3.7",
@@ -19,6 +20,7 @@ TEST = [
     "pytest-timeout>=2.2",
     "setuptools>=77",
     "tqdm>=4.60",
+    "transformers>=4.57",
     "triton>=3.4; platform_system == 'Linux'",
     "wheel",
 ]
@@ -37,6 +39,7 @@ setup(
     extras_require={
         # There is no extra for FlashAttention-3: xformers 0.0.34, which holds it, pins torch 2.10.
         # `make fa3` installs it beside any torch.
+        "transformers": ["transformers>=4.57"],
         "fa4": ["flash-attn-4>=4.0.0b36"],  # a pre-release, which naming one allows
         "test": TEST,
         "dev": [*TEST, "mypy>=1.15", "ruff>=0.11"],
