@@ -6,6 +6,7 @@
     python scripts/bench.py masks --out docs/benchmarks
     python scripts/bench.py dist --out docs/benchmarks       # one rank a GPU; or under torchrun
     python scripts/bench.py plan --out docs/benchmarks       # likewise
+    python scripts/bench.py model --out docs/benchmarks      # likewise
 
 ``kernel``: attention_with_sink beside plain FlashAttention-3 and one read+write pass over out.
 ``functions``: forward+backward of the drop-in functions beside the same kernels without a sink;
@@ -14,7 +15,8 @@ cp_attention_with_sink beside one GPU's FlashAttention-3 without a sink on the w
 divided by the number of ranks, and beside ring-flash-attn's zigzag and MagiAttention where they are
 installed; windows, packed documents, time that compute waits, memory (bench_dist.py). ``plan``:
 what a new plan costs the host and a training loop (bench_plan.py). ``masks``: slices beside a
-repeated prompt and beside FlexAttention (bench_masks.py).
+repeated prompt and beside FlexAttention (bench_masks.py). ``model``: a model of gpt-oss's shape in
+transformers, beside its eager and flex_attention, and over two GPUs (bench_model.py).
 
 What is compared runs in turns in one process, in both orders, after warm-up; a row holds the median
 and the 20% and 80% quantiles of all rounds. An overhead is the median of the differences within a
@@ -83,6 +85,8 @@ def main() -> int:
         type=Path,
         help="plan: a checkout of commit 1f894d0, whose planner runs beside this one",
     )
+    parser.add_argument("--layers", type=int, default=24, help="model: its layers")
+    parser.add_argument("--steps", type=int, default=20, help="model: steps that are measured")
     parser.add_argument("--commit", help="commit to record (default: asks git)")
     args = parser.parse_args()
     if args.rounds < 10:
@@ -93,7 +97,9 @@ def main() -> int:
             file=sys.stderr,
         )
         return 2
-    if args.what in ("dist", "plan") and "LOCAL_RANK" not in os.environ:  # start one rank a GPU
+    if (
+        args.what in ("dist", "model", "plan") and "LOCAL_RANK" not in os.environ
+    ):  # start one rank a GPU
         launcher = [
             "-m",
             "torch.distributed.run",
@@ -511,6 +517,12 @@ def bench_plan(args: argparse.Namespace) -> Iterator[list[Row]]:
     yield from of_plans.run(args)
 
 
+def bench_model(args: argparse.Namespace) -> Iterator[list[Row]]:
+    import bench_model as of_models  # beside this file
+
+    yield from of_models.run(args)
+
+
 # --- Measuring and writing ------------------------------------------------------------------------
 
 
@@ -521,6 +533,7 @@ BENCHES = {
     "dist": bench_dist,
     "masks": bench_masks,
     "plan": bench_plan,
+    "model": bench_model,
 }
 
 if __name__ == "__main__":

@@ -1,0 +1,104 @@
+"""bench.py model: training steps of a model of gpt-oss's shape, in transformers.
+
+24 layers, d_model 2880, 64:8 heads, head_dim 64, window 128 in every other layer; experts and
+vocabulary are cut so that it fits. Checkpointed, bf16, gradients and no optimizer.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import itertools
+import statistics
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from bench_dist import draw_documents, start_ranks
+from benchlib import Row
+
+from magi_sink_cp.integrations import transformers as magi
+
+# (tokens, packed documents, attention, ranks). Eager and flex_attention make no mask for gpt-oss's
+# packed documents, so they are compared over one. Eager holds its scores: it gets what it can.
+CASES = (
+    (8192, False, "eager", 1),
+    (8192, False, "magi_sink", 1),
+    (32768, False, "flex_attention", 1),
+    (32768, False, "magi_sink", 1),
+    (131072, True, "magi_sink", 1),
+    (131072, True, "magi_sink", 2),
+)
+VOCABULARY = 8192
+
+
+def run(args: argparse.Namespace) -> Iterator[list[Row]]:
+    start_ranks()
+    magi.register()
+    for tokens, packed, attention, ranks in CASES:
+        if ranks > dist.get_world_size():
+            continue
+        rows: list[Row] = []
+        if dist.get_rank() < ranks:
+            rows = [measured(args, tokens, packed, attention, ranks)]
+        dist.barrier()
+        if dist.get_rank() == 0:
+            yield rows
+    dist.destroy_process_group()
+
+
+def make_model(layers: int, attention: str) -> Any:
+    from transformers import GptOssConfig, GptOssForCausalLM
+
+    config = GptOssConfig(
+        num_hidden_layers=layers, hidden_size=2880, intermediate_size=2880, num_attention_heads=64,
+        num_key_value_heads=8, head_dim=64, num_local_experts=4, num_experts_per_tok=2,
+        vocab_size=VOCABULARY, sliding_window=128, attn_implementation=attention,
+    )  # fmt: skip
+    with torch.device("cuda"):
+        model: Any = GptOssForCausalLM(config)
+        model = model.to(torch.bfloat16).train()
+    model.gradient_checkpointing_enable({"use_reentrant": False})
+    return model
+
+
+def measured(
+    args: argparse.Namespace, tokens: int, packed: bool, attention: str, ranks: int
+) -> Row:
+    torch.manual_seed(0)
+    model = make_model(args.layers, attention)
+    if ranks > 1:
+        magi.context_parallel(model, dist.group.WORLD)
+    times = []
+    torch.cuda.reset_peak_memory_stats()
+    for number in range(2 + args.steps):
+        offsets = draw_documents(tokens, number) if packed else [0, tokens]
+        positions = torch.cat([torch.arange(hi - lo) for lo, hi in itertools.pairwise(offsets)])
+        ids = torch.randint(VOCABULARY, (1, tokens), device="cuda")
+        batch = {"input_ids": ids, "labels": ids, "position_ids": positions[None].cuda()}
+        if ranks > 1:
+            dist.barrier()
+        torch.cuda.synchronize()
+        start = time.perf_counter()
+        model(**batch, use_cache=False).loss.backward()
+        model.zero_grad()
+        torch.cuda.synchronize()
+        if number >= 2:
+            times.append(1e6 * (time.perf_counter() - start))
+    median = statistics.median(times)
+    peak = torch.cuda.max_memory_allocated() / 2**20
+    if dist.get_rank() == 0:
+        print(
+            f"{tokens} tokens{', packed' if packed else ''}, {attention}, {ranks} GPUs: {1e6 * tokens / median:.0f} tokens/s, "
+            f"{peak:.0f} MiB", flush=True,
+        )  # fmt: skip
+    del model
+    gc.collect()
+    torch.cuda.empty_cache()
+    return {
+        "tokens": tokens, "heads": 64, "heads_kv": 8, "head_dim": 64, "ranks": ranks,
+        "measured": f"{args.layers} layers, {attention}: a step{' with new documents' if packed else ''}",
+        "median_us": median, "rounds": len(times), "mib": peak,
+    }  # fmt: skip
