@@ -55,11 +55,12 @@ def make_model(layers: int, attention: str) -> Any:
     config = GptOssConfig(
         num_hidden_layers=layers, hidden_size=2880, intermediate_size=2880, num_attention_heads=64,
         num_key_value_heads=8, head_dim=64, num_local_experts=4, num_experts_per_tok=2,
-        vocab_size=VOCABULARY, sliding_window=128, attn_implementation=attention,
+        vocab_size=VOCABULARY, sliding_window=128,
     )  # fmt: skip
     with torch.device("cuda"):
         model: Any = GptOssForCausalLM(config)
         model = model.to(torch.bfloat16).train()
+    model.set_attn_implementation(attention)
     model.gradient_checkpointing_enable({"use_reentrant": False})
     return model
 
@@ -89,16 +90,19 @@ def measured(
             times.append(1e6 * (time.perf_counter() - start))
     median = statistics.median(times)
     peak = torch.cuda.max_memory_allocated() / 2**20
+    name = f"{args.layers} layers, {attention}: a step"
+    name += " with new documents" if packed else ""
     if dist.get_rank() == 0:
+        speed = 1e6 * tokens / median
         print(
-            f"{tokens} tokens{', packed' if packed else ''}, {attention}, {ranks} GPUs: {1e6 * tokens / median:.0f} tokens/s, "
-            f"{peak:.0f} MiB", flush=True,
-        )  # fmt: skip
+            f"{tokens} tokens, {ranks} GPUs, {name}: {speed:.0f} tokens/s, {peak:.0f} MiB",
+            flush=True,
+        )
     del model
     gc.collect()
     torch.cuda.empty_cache()
     return {
         "tokens": tokens, "heads": 64, "heads_kv": 8, "head_dim": 64, "ranks": ranks,
-        "measured": f"{args.layers} layers, {attention}: a step{' with new documents' if packed else ''}",
+        "measured": name,
         "median_us": median, "rounds": len(times), "mib": peak,
     }  # fmt: skip
