@@ -55,7 +55,7 @@ def make_model(layers: int, attention: str) -> Any:
     config = GptOssConfig(
         num_hidden_layers=layers, hidden_size=2880, intermediate_size=2880, num_attention_heads=64,
         num_key_value_heads=8, head_dim=64, num_local_experts=4, num_experts_per_tok=2,
-        vocab_size=VOCABULARY, sliding_window=128,
+        vocab_size=VOCABULARY, sliding_window=128, pad_token_id=None, eos_token_id=None,
     )  # fmt: skip
     with torch.device("cuda"):
         model: Any = GptOssForCausalLM(config)
