@@ -15,6 +15,8 @@ pytestmark = pytest.mark.gpu
 LARGE = {
     "hidden_size": 256, "num_attention_heads": 16, "num_key_value_heads": 4, "head_dim": 64,
     "sliding_window": 64, "max_position_embeddings": 4096,
+    # One expert: a token that rounding sends to another one would hide every other error.
+    "num_local_experts": 1, "num_experts_per_tok": 1,
 }  # fmt: skip
 
 
@@ -29,7 +31,8 @@ def step(model, implementation, dtype, batch):
 
 def errors(ours, truth, rows):
     found = {"logits": error(ours[0].logits[rows], truth[0].logits[rows])}
-    return found | {name: error(ours[1][name], grad) for name, grad in truth[1].items()}
+    grads = {name: grad for name, grad in truth[1].items() if "router" not in name}  # these are 0
+    return found | {name: error(ours[1][name], grad) for name, grad in grads.items()}
 
 
 def inputs_of(kind, device, total=700):
@@ -52,7 +55,7 @@ def test_within_eagers_own_error(kind):
 
 
 @pytest.mark.gpu(ranks=2)
-@pytest.mark.parametrize("kind", ["right", "packed"])
+@pytest.mark.parametrize("kind", ["dense", "right"])
 def test_ranks(kind):
     run_on_ranks(2, body_ranks, "cuda", kind=kind)
 
@@ -62,14 +65,18 @@ def body_ranks(group, device, *, kind) -> None:
 
     from magi_sink_cp.integrations import transformers as magi
 
-    model = make_model("gpt_oss", **LARGE).to(device).bfloat16()
+    model = make_model("gpt_oss", **LARGE).to(device)
+    for parameter in model.parameters():
+        parameter.data = parameter.data.bfloat16().float()
     batch, rows = inputs_of(kind, device)
-    expected = step(model, "magi_sink", torch.bfloat16, batch)
+    truth = step(model, "eager", torch.float32, batch)
+    whole = errors(step(model, "magi_sink", torch.bfloat16, batch), truth, rows)
     magi.context_parallel(model, group, unshard_logits=True)
-    ours = step(model, "magi_sink", torch.bfloat16, batch)
-    for grad in ours[1].values():
+    outputs, grads = step(model, "magi_sink", torch.bfloat16, batch)
+    for grad in grads.values():
         dist.all_reduce(grad, group=group)
         grad /= dist.get_world_size(group)
-    assert abs(float(ours[0].loss - expected[0].loss)) < 1e-2
-    found = errors(ours, expected, rows)
-    assert max(found.values()) < 0.1, found
+    assert error(outputs.loss, truth[0].loss) < 1e-2
+    sharded = errors((outputs, grads), truth, rows)
+    for name, limit in whole.items():
+        assert sharded[name] <= 2 * limit + 1e-2, f"{name}: {sharded[name]:.1e}, {limit:.1e}"
