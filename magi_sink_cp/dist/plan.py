@@ -150,7 +150,9 @@ def make_cp_plan(
             more and smaller chunks, dealt so that the ranks' (query, key) pairs, under a causal
             mask or the slices, are nearly equal also for many short documents. "auto": zigzag where
             its busiest rank has at most 2% more pairs than the mean, as under one document; else
-            the better of the two.
+            the better of the two. For data that another framework has sharded: "contiguous", rank r
+            holds chunk r of cp equal chunks; "zigzag_documents", zigzag in each document, the order
+            of Transformer Engine's packed sequences.
         transport: how keys travel. "nccl" or "gloo": the group must have that backend. "symm_mem":
             copies between the GPUs of one host that use no SM. "auto": "symm_mem" where it can be
             set up and every GPU has NVLink, else the group's own backend; one warning on the

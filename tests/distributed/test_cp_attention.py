@@ -245,7 +245,7 @@ def body_random(
                 ..., draw.randrange(case.sink.shape[-2]), draw.randrange(case.sink.shape[-1])
             ] = draw.choice([float("-inf"), -1e4, 100.0])
         arguments = {
-            "layout": draw.choice(["zigzag", "balanced"]),
+            "layout": draw.choice(["zigzag", "balanced", "contiguous"]),
             "overlap_degree": draw.choice([0, 1, 2, 3, "auto"]),
             **fixed,
         }
@@ -380,7 +380,7 @@ def plan_size(group) -> int:
     return dist.get_world_size(group)
 
 
-@pytest.mark.parametrize("layout", ["zigzag", "balanced"])
+@pytest.mark.parametrize("layout", ["zigzag", "balanced", "contiguous"])
 @pytest.mark.parametrize("num_ranks", [2, 4])
 def test_more_ranks_do_not_move_the_result(layout, num_ranks):
     run_on_ranks(num_ranks, body_more_ranks, layout=layout)
@@ -407,6 +407,23 @@ def body_more_ranks(group, device, *, layout) -> None:
             assert apart <= most * max(own_error[name], 1e-6), (
                 f"{name}: {apart:.3g} apart at degree {degree}, error {own_error[name]:.3g}"
             )
+
+
+@pytest.mark.parametrize("window_size", [(-1, -1), (7, 0)])
+@pytest.mark.parametrize("num_ranks", [2, 3])
+def test_layouts_of_other_frameworks(num_ranks, window_size):
+    run_on_ranks(num_ranks, body_other_layouts, window_size=window_size)
+
+
+def body_other_layouts(group, device, *, window_size) -> None:
+    lengths = [24, 12, 0, 36]  # multiples of 2·cp
+    case = make_case(lengths, lengths, causal=True, window_size=window_size, s_sink=2)
+    for layout in ("contiguous", "zigzag_documents"):
+        for degree in ("auto", 0, 2):
+            results = cp_results(case, group, device, layout=layout, overlap_degree=degree)
+            assert_close(results, truth(case), 1e-5)
+    with pytest.raises(ValueError, match=r"multiple of 2·cp_size tokens, .* from 0 to 25"):
+        make_cp_plan(50, group=group, cu_seqlens=[0, 25, 50], layout="zigzag_documents")
 
 
 @pytest.mark.parametrize("num_ranks", [2, 3])

@@ -14,6 +14,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from magi_sink_cp import make_cp_blueprint
 from magi_sink_cp.dist.planning.exchange import Schedule
 from magi_sink_cp.dist.planning.layout import (
     LAYOUTS,
@@ -37,6 +38,9 @@ from magi_sink_cp.dist.planning.schedule import Mask
 from tests.support.cases import offsets
 from tests.support.reference import document_mask
 from tests.support.slices import KINDS, dense, slices_of
+
+# Layouts that take documents of any length.
+ANY_DOCUMENTS = sorted({*LAYOUTS} - {"zigzag_documents"})
 
 
 def documents_of(lengths):
@@ -218,7 +222,7 @@ def test_windows_of_any_size_against_any_chunk(
     lengths=st.lists(st.integers(0, 40), min_size=1, max_size=6),
     cp_size=st.integers(2, 5),
     window_size=windows,
-    name=st.sampled_from(sorted(LAYOUTS)),
+    name=st.sampled_from(ANY_DOCUMENTS),
 )
 def test_routes_fill_every_place_once(data, lengths, cp_size, window_size, name):
     """Where each rank writes in its peers' buffers, from what it knows itself."""
@@ -317,7 +321,7 @@ def test_no_gap_over_many_keys_where_tiles_would_idle():
     lengths=st.lists(st.integers(0, 25), min_size=1, max_size=8),
     cp_size=st.integers(1, 5),
     causal=st.booleans(),
-    layout=st.sampled_from(sorted(LAYOUTS)),
+    layout=st.sampled_from(ANY_DOCUMENTS),
     gaps=GAPS,
 )
 def test_every_pair_is_computed_once_and_no_key_sent_too_many(
@@ -361,7 +365,7 @@ def test_any_layout(data, window_size, gaps):
     data=st.data(),
     total=st.integers(1, 40),
     cp_size=st.integers(1, 4),
-    name=st.sampled_from(sorted(LAYOUTS)),
+    name=st.sampled_from(ANY_DOCUMENTS),
     large_rows=st.sampled_from([None, 3]),
     gaps=GAPS,
 )
@@ -453,7 +457,7 @@ def test_overlap_degree_is_the_number_of_travelling_stages(cp_size, overlap_degr
         assert max(stage.cast.buffer_tokens for stage in schedule.stages) <= bound
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("layout", ANY_DOCUMENTS)
 @settings(max_examples=100, deadline=None)
 @given(data=st.data(), total=st.integers(0, 200), cp_size=st.integers(1, 9))
 def test_a_layout_holds_every_token_once(layout, data, total, cp_size):
@@ -467,6 +471,35 @@ def test_a_layout_holds_every_token_once(layout, data, total, cp_size):
     assert len({num_tokens(r) for r in ranks}) == 1
     assert len(tokens) - total < 2 * cp_size
     assert all(r == tuple(sorted(r)) for r in ranks)
+
+
+@settings(max_examples=100, deadline=None)
+@given(
+    data=st.data(),
+    cp_size=st.integers(2, 4),
+    chunks=st.lists(st.integers(0, 4), min_size=1, max_size=6),
+    window_size=st.one_of(st.sampled_from([FULL, CAUSAL]), windows),
+)
+def test_zigzag_in_each_document(data, cp_size, chunks, window_size):
+    """In the order of thd_get_partitioned_indices of Transformer Engine."""
+    lengths = [2 * cp_size * tokens for tokens in chunks]
+    documents = documents_of(lengths)
+    layout = LAYOUTS["zigzag_documents"](sum(lengths), cp_size, causal_bands(documents))
+    for rank in range(cp_size) if sum(lengths) else ():
+        expected = []
+        for lo, hi in documents:
+            chunk = (hi - lo) // (2 * cp_size)
+            for number in (rank, 2 * cp_size - 1 - rank):
+                expected += range(lo + number * chunk, lo + (number + 1) * chunk)
+        assert local_tokens(layout, rank) == expected
+    check(lengths, cp_size, window_size, layout, data.draw(degrees(cp_size)))
+
+
+def test_documents_that_are_no_multiple_are_named():
+    with pytest.raises(ValueError, match=r"multiple of 2·cp_size tokens, 4, got one from 8 to 14"):
+        make_cp_blueprint(
+            20, cp_size=2, rank=0, cu_seqlens=[0, 8, 14, 20], layout="zigzag_documents"
+        )
 
 
 @pytest.mark.parametrize("cp_size", [2, 3, 4, 8])
@@ -519,7 +552,7 @@ def test_the_balanced_layout_balances_short_documents(cp_size):
     ]
 
 
-@pytest.mark.parametrize("layout", sorted(LAYOUTS))
+@pytest.mark.parametrize("layout", ANY_DOCUMENTS)
 @pytest.mark.parametrize("mask", [CAUSAL, (128, 0)])
 def test_plans_for_1024_ranks_on_one_core(layout, mask):
     """16M tokens in 10,000 documents, one rank of 1,024: pure functions over ints."""

@@ -15,7 +15,7 @@ import numpy as np
 
 from magi_sink_cp.dist.planning.cost import CallSizes, Overlap, choose_overlap, make_work
 from magi_sink_cp.dist.planning.exchange import Schedule
-from magi_sink_cp.dist.planning.layout import LAYOUTS, RankRanges, num_tokens, union
+from magi_sink_cp.dist.planning.layout import LAYOUTS, OF_DOCUMENTS, RankRanges, num_tokens, union
 from magi_sink_cp.dist.planning.mask import (
     CAUSAL,
     FULL,
@@ -81,9 +81,10 @@ class CPBlueprint:
         documents = np.stack([edges[:-1], edges[1:]], axis=1)
         self._documents = documents[documents[:, 1] > documents[:, 0]]
         self._slices = None if what.mask_slices is None else bands_of_slices(what.mask_slices)
-        layout: tuple[RankRanges, ...] = LAYOUTS[what.layout](
-            what.total_tokens, cp_size, self.bands(CAUSAL)
-        )
+        bands = self.bands(CAUSAL)
+        if what.layout in OF_DOCUMENTS:
+            bands = bands_of_documents(self._documents, CAUSAL)
+        layout: tuple[RankRanges, ...] = LAYOUTS[what.layout](what.total_tokens, cp_size, bands)
         self.layout = layout
         own = layout[rank]
         self.local_tokens = num_tokens(own)

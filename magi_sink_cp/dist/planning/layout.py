@@ -15,7 +15,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from magi_sink_cp.dist.planning.mask import Bands, Ints, Range, pairs_of_rows, take
+from magi_sink_cp.dist.planning.mask import Bands, Ints, Range, pairs_of_rows, runs, take
 
 RankRanges = tuple[Range, ...]
 
@@ -75,8 +75,60 @@ def auto(total_tokens: int, cp_size: int, bands: Bands) -> tuple[RankRanges, ...
     return zigzag(total_tokens, cp_size, bands)
 
 
+def contiguous(total_tokens: int, cp_size: int, bands: Bands) -> tuple[RankRanges, ...]:
+    """Rank r holds chunk r of cp_size equal ones, as loaders for Ulysses cut a sequence.
+
+    Under a causal mask later ranks have more to do. The sequence is padded at its end.
+    """
+    if cp_size == 1 or total_tokens == 0:
+        return _undivided(total_tokens, cp_size)
+    size = -(-total_tokens // cp_size)
+    return tuple(((rank * size, (rank + 1) * size),) for rank in range(cp_size))
+
+
+def zigzag_documents(total_tokens: int, cp_size: int, bands: Bands) -> tuple[RankRanges, ...]:
+    """Zigzag in each document: the order of Transformer Engine's packed sequences (THD).
+
+    Of each document's 2·cp equal chunks rank r holds r and 2·cp - 1 - r.
+
+    Args:
+        bands: of the documents.
+
+    Raises:
+        ValueError: a document's tokens are no multiple of 2·cp_size.
+    """
+    if cp_size == 1 or total_tokens == 0:
+        return _undivided(total_tokens, cp_size)
+    chunks = 2 * cp_size
+    start, tokens = bands.q_lo, bands.q_hi - bands.q_lo
+    if len(uneven := np.flatnonzero(tokens % chunks)):
+        lo, hi = int(start[uneven[0]]), int(bands.q_hi[uneven[0]])
+        raise ValueError(
+            "layout='zigzag_documents' must be given documents of a multiple of 2·cp_size tokens, "
+            f"{chunks}, got one from {lo} to {hi}; pad them, as cu_seqlens_q_padded of "
+            "Transformer Engine does"
+        )
+    size = tokens // chunks
+
+    def held_by(rank: int) -> RankRanges:
+        lo = np.stack([start + rank * size, start + (chunks - 1 - rank) * size], axis=1)
+        hi = (lo + size[:, None]).ravel()
+        first, last = runs(lo.ravel()[1:] == hi[:-1])
+        return tuple(zip(lo.ravel()[first].tolist(), hi[last].tolist(), strict=True))
+
+    return tuple(map(held_by, range(cp_size)))
+
+
 Layout = Callable[[int, int, Bands], tuple[RankRanges, ...]]
-LAYOUTS: dict[str, Layout] = {"auto": auto, "zigzag": zigzag, "balanced": balanced}
+LAYOUTS: dict[str, Layout] = {
+    "auto": auto,
+    "zigzag": zigzag,
+    "balanced": balanced,
+    "contiguous": contiguous,
+    "zigzag_documents": zigzag_documents,
+}
+# Those that follow the documents, whatever the mask.
+OF_DOCUMENTS = ("zigzag_documents",)
 
 
 def _edges(total_tokens: int, cp_size: int, chunks: int) -> Ints:
