@@ -128,7 +128,7 @@ class PlanPrefetcher(Generic[Batch]):
         self._functions = functions
         self._blueprint_options, self._plan_options = blueprint_options, plan_options
         self._depth = depth
-        # The blueprint of the latest plan, whose calls say what the next ones will ask.
+        # The blueprint of the latest plan that was used: its calls say what the next ones will ask.
         self._latest: CPBlueprint | None = None
 
     def __len__(self) -> int:
@@ -150,9 +150,9 @@ class PlanPrefetcher(Generic[Batch]):
                     raise item.error
                 batch, blueprint = item
                 plan = make_cp_plan(blueprint, group=self._group, **self._plan_options)
-                self._latest = blueprint
                 del item, blueprint
                 yield batch, plan
+                self._latest = plan.blueprint
                 del batch, plan
             if self._group is not None:
                 agree_on_end(self._group)
