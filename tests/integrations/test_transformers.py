@@ -119,6 +119,47 @@ def test_generate(models, name, cache, padded):
     assert torch.equal(*tokens)
 
 
+def test_padding_beside_packed_documents(models):
+    """One pad token does not let documents see each other."""
+    batch, _ = batch_of("packed")
+    expected, _ = step(models("gpt_oss"), **batch)
+    padded = {name: torch.nn.functional.pad(x, (0, 3)) for name, x in batch.items()}
+    padded["labels"][:, -3:] = -100
+    mask = (torch.arange(66) < 63).long()[None]
+    ours, _ = step(models("gpt_oss"), **padded, attention_mask=mask)
+    assert error(ours.logits[:, :63], expected.logits) < 1e-5
+
+
+@pytest.mark.parametrize("cut", [3, 10])
+def test_a_prompt_in_two_parts_whose_end_is_all_padding(models, cut):
+    model = models("gpt_oss").eval()
+    batch, _ = batch_of("right")
+    ids, mask = batch["input_ids"], batch["attention_mask"]
+    rows = mask.bool()
+    logits = {}
+    for implementation in ("eager", "magi_sink"):
+        model.set_attn_implementation(implementation)
+        with torch.no_grad():
+            first = model(ids[:, :cut], attention_mask=mask[:, :cut], use_cache=True)
+            name = next(name for name in ("cache", "past_key_values") if name in first)
+            second = model(ids[:, cut:], attention_mask=mask, use_cache=True, **{name: first[name]})
+        logits[implementation] = torch.cat([first.logits, second.logits], dim=1)[rows]
+    model.train()
+    assert error(logits["magi_sink"], logits["eager"]) < 1e-5
+
+
+@torch.inference_mode()
+def test_inference_mode():
+    model = make_model("gpt_oss").eval()
+    batch, rows = batch_of("left")
+    given = {name: batch[name] for name in ("input_ids", "attention_mask")}
+    ours = model(**given).logits[rows]
+    tokens = model.generate(**given, max_new_tokens=4, do_sample=False)
+    model.set_attn_implementation("eager")
+    assert error(ours, model(**given).logits[rows]) < 1e-5
+    assert torch.equal(tokens, model.generate(**given, max_new_tokens=4, do_sample=False))
+
+
 def test_compile(models):
     model = models("gpt_oss")
     batch, _ = batch_of("dense")
@@ -196,6 +237,10 @@ def test_other_kinds_of_masks():
         ({"position_bias": torch.zeros(1)}, "does not honour position_bias"),
         ({"model_type": "deepseek_v4"}, "does not honour what deepseek_v4 passes"),
         ({"cu_seq_lens_q": torch.tensor([0, 4]), "batch": 2}, "batch of one packed row"),
+        (
+            {"cu_seq_lens_q": torch.tensor([0, 4]), "attention_mask": torch.zeros(1, 4)},
+            "got an attention_mask with padding",
+        ),
         ({"cp_plan": "a plan", "attention_mask": torch.ones(1, 4)}, "must be None beside cp_plan"),
     ],
 )

@@ -179,6 +179,71 @@ def body_wrong(group, device, *, way) -> None:
     assert worst > 1e-2, f"{way} went unnoticed: {worst:.1e}"
 
 
+def test_gradients_of_embeddings_and_of_whole_logits():
+    run_on_ranks(2, body_embeddings)
+
+
+def body_embeddings(group, device) -> None:
+    """What reaches inputs_embeds, and a loss of one's own on unsharded logits, in averages."""
+    from magi_sink_cp.integrations import transformers as magi
+
+    batch, _ = batch_of("dense")
+    model = make_model("llama")
+    labels = batch["labels"]
+    weight = torch.linspace(-1, 1, 97)
+
+    def run() -> dict[str, torch.Tensor]:
+        model.zero_grad()
+        embeds = model.get_input_embeddings()(batch["input_ids"])
+        outputs = model(inputs_embeds=embeds, labels=labels)
+        assert next(iter(outputs)) == "loss"
+        (outputs.loss + (outputs.logits * weight).mean()).backward()
+        return gradients(model)
+
+    expected = run()
+    magi.context_parallel(model, group, unshard_logits=True)
+    run()
+    ours = averaged(model, group)
+    assert max(error(ours[name], grad) for name, grad in expected.items()) < 1e-5
+
+
+@pytest.mark.parametrize("what", ["labels", "tokens", "a wrong shape"])
+def test_batches_that_differ_are_named_on_every_rank(what):
+    run_on_ranks(2, body_differ, what=what)
+
+
+def body_differ(group, device, *, what) -> None:
+    from magi_sink_cp.integrations import transformers as magi
+
+    batch, _ = batch_of("right")
+    text = "entries" if what == "labels" else "input_ids"
+    if dist.get_rank(group) == 1 and what == "labels":
+        del batch["labels"]
+    elif dist.get_rank(group) == 1 and what == "tokens":
+        batch["input_ids"] = batch["input_ids"].clone()
+        batch["input_ids"][0, 0] += 1
+    elif what == "a wrong shape":
+        text = "attention_mask must be"
+        if dist.get_rank(group) == 1:
+            batch["attention_mask"] = batch["attention_mask"][:, :-1]
+    with pytest.raises(ValueError, match=text):
+        magi.shard_batch(batch, group)
+
+
+def test_what_a_shard_cannot_give():
+    from magi_sink_cp.integrations import transformers as magi
+
+    model = make_model("llama")
+    magi.context_parallel(model)
+    batch, _ = batch_of("dense")
+    with pytest.raises(ValueError, match="logits_to_keep must be left out"):
+        model(**batch, logits_to_keep=4)
+    with pytest.raises(ValueError, match="return_dict must not be False"):
+        model(**batch, return_dict=False)
+    magi.context_parallel(model, unshard_logits=True)  # in place of the first
+    assert model(**batch).logits.shape == (3, 21, 97)
+
+
 def test_where_it_is_off():
     run_on_ranks(2, body_off)
 

@@ -20,8 +20,18 @@ from magi_sink_cp.integrations.transformers.masks import (
 
 NAME = "magi_sink"
 # Models whose layers add keys, or hide some, in ways that the attention interface does not tell.
-_REFUSED_MODELS = ("deepseek_v4", "hy_v4", "hy_v4_vl", "inkling2", "inkling2_loop")
-_REFUSED_ARGUMENTS = ("position_bias", "sinks", "head_mask", "block_table", "block_tables")
+_REFUSED_MODELS = frozenset({
+    "deepseek_v4", "hy_v4", "hy_v4_vl", "inkling2", "inkling2_loop",
+    # They choose keys by an index of their own.
+    "deepseek_v32", "glm_moe_dsa", "axk2", "mistral_large4", "dots3_note", "minimax_m3_vl",
+    # Their windows are in the mask alone, and their packed documents.
+    "qwen2_moe", "phimoe", "blt", "unlimited_ocr",
+    "persimmon", "moshi", "chameleon", "idefics", "kyutai_speech_to_text",
+})  # fmt: skip
+_REFUSED_ARGUMENTS = (
+    "position_bias", "sinks", "head_mask", "block_table", "block_tables", "indices",
+    "block_indices",
+)  # fmt: skip
 
 
 def register() -> None:
@@ -86,6 +96,7 @@ def magi_sink_attention(
     """
     _refuse(module, attention_mask, dropout, others)
     causal = bool(module.is_causal if is_causal is None else is_causal)
+    causal = causal and getattr(getattr(module, "config", None), "is_causal", True) is not False
     window = (-1, -1)
     if sliding_window is not None:
         window = (sliding_window - 1, 0 if causal else sliding_window - 1)
@@ -106,8 +117,11 @@ def magi_sink_attention(
     if attention_mask is not None:
         if q.shape[1] == 1 and not torch.is_grad_enabled():
             return _one_query(q, k, v, s_aux, attention_mask, scaling, window[0], softcap), None
-        queries, keys = packed_by(attention_mask, q.shape[1])
-        return _attend_packed(q, k, v, s_aux, queries, keys, options), None
+        if cu_seq_lens_q is None:
+            positions = position_ids if position_ids is None or position_ids.dim() == 2 else None
+            queries, keys = packed_by(attention_mask, q.shape[1], positions)
+            return _attend_packed(q, k, v, s_aux, queries, keys, options), None
+        _refuse_padding(attention_mask)
     if cu_seq_lens_q is not None:
         if q.shape[0] != 1:
             raise ValueError(
@@ -171,6 +185,15 @@ def _refuse(
             f"attn_implementation={NAME!r} does not honour {' and '.join(given)}, which "
             f"{model_type or 'this model'} passes to its attention"
         )
+
+
+def _refuse_padding(attention_mask: Tensor) -> None:
+    """Packed documents come without padding. Compiled, a mask of ones is given too."""
+    text = "cu_seq_lens_q are offsets in a batch of one packed row, without padding"
+    if torch.compiler.is_compiling():
+        torch._assert_async(attention_mask.all(), text)
+    else:
+        raise ValueError(f"{text}, got an attention_mask with padding")
 
 
 def _in_one_dtype(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:

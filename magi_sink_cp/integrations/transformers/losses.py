@@ -51,6 +51,23 @@ class _SumOverRanks(torch.autograd.Function):
         return grad * ctx.cp_size, None, None
 
 
+def scale_gradient(x: Tensor, factor: float) -> Tensor:
+    """x; its gradient is ``factor`` times what comes."""
+    scaled: Tensor = _ScaleGradient.apply(x, factor)
+    return scaled
+
+
+class _ScaleGradient(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, factor: float) -> Tensor:
+        ctx.factor = factor
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        return grad * ctx.factor, None
+
+
 def cp_load_balancing_loss(
     router_logits: Sequence[Tensor], num_experts: int, top_k: int, plan: CPPlan
 ) -> Tensor:

@@ -6,6 +6,7 @@ function knows from its own arguments. Every other kind of mask is refused by it
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -71,9 +72,13 @@ def existing_keys(
         known = attention_mask[:, kv_offset : kv_offset + kv_length].bool()
         missing = kv_length - known.shape[1]
         exists = exists & torch.nn.functional.pad(known, (0, missing), value=False)
-    if not torch.compiler.is_compiling() and bool(exists.all()):
+    if torch.compiler.is_compiling():
+        return exists.contiguous()
+    if bool(exists.all()):
         return None
-    return exists.contiguous()
+    exists = exists.contiguous()
+    exists.queries_end = int(q_offset) + q_length - kv_offset  # type: ignore[attr-defined]
+    return exists
 
 
 def _refuse_unknown(mask_function: Callable[..., Any]) -> None:
@@ -108,38 +113,71 @@ class Packed(NamedTuple):
 _read: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
 
 
+def _read_once(x: Tensor, what: object, beside: Tensor | None, read: Callable[[], Any]) -> Any:
+    """What ``read`` makes of ``x`` and ``beside``, kept until one of them changes.
+
+    Inference tensors do not tell whether they change: these are read every time.
+    """
+    if x.is_inference() or (beside is not None and beside.is_inference()):
+        return read()
+    state = what, x._version, None if beside is None else beside._version
+    known = _read.get(x)
+    other = None if known is None or known[1] is None else known[1]()
+    if known is None or known[0] != state or other is not beside:
+        reference = None if beside is None else weakref.ref(beside)
+        known = _read[x] = state, reference, read()
+    return known[2]
+
+
 @torch.compiler.disable(reason="the host reads how many keys exist")
-def packed_by(exists: Tensor, num_queries: int) -> tuple[Packed, Packed]:
+def packed_by(
+    exists: Tensor, num_queries: int, position_ids: Tensor | None
+) -> tuple[Packed, Packed]:
     """(queries, keys) that exist, of what :func:`existing_keys` gave.
 
-    The queries are the last ones of the keys; a static cache has room behind them.
+    The queries are the last ones of the keys; a static cache has room behind them. Without a cache
+    a sample may hold several documents: positions that go back begin one.
     """
-    known = _read.get(exists)
-    if known is None or known[0] != (num_queries, exists._version):
-        end = exists.shape[1]
-        if end > num_queries:
+
+    def read() -> tuple[Packed, Packed]:
+        if num_queries == exists.shape[1]:
+            packed = pack_existing(exists, position_ids)
+            return packed, packed
+        end = getattr(exists, "queries_end", None)
+        if end is None:  # made by a compiled graph
             end = max(num_queries, int(exists.any(0).nonzero().max()) + 1)
-        queries = exists[:, end - num_queries : end]
-        known = (num_queries, exists._version), (_pack(queries), _pack(exists))
-        _read[exists] = known
-    return known[1]
+        return pack_existing(exists[:, end - num_queries : end]), pack_existing(exists)
+
+    result: tuple[Packed, Packed] = _read_once(exists, num_queries, position_ids, read)
+    return result
 
 
-def _pack(exists: Tensor) -> Packed:
-    lengths = exists.sum(1, dtype=torch.int32)
-    offsets = torch.nn.functional.pad(lengths.cumsum(0, dtype=torch.int32), (1, 0))
-    return Packed(exists.flatten().nonzero()[:, 0], offsets, int(lengths.max()))
+def pack_existing(exists: Tensor, position_ids: Tensor | None = None) -> Packed:
+    """The rows of (batch, tokens) that exist; each sample is a document, or several."""
+    rows = exists.flatten().nonzero()[:, 0]
+    sample = rows // exists.shape[1]
+    starts = torch.ones_like(rows, dtype=torch.bool)
+    starts[1:] = sample[1:] != sample[:-1]
+    if position_ids is not None and position_ids.shape[-1] == exists.shape[1]:
+        position = position_ids.expand(exists.shape).flatten()[rows]
+        starts[1:] |= position[1:] <= position[:-1]
+    first = starts.nonzero()[:, 0]
+    if position_ids is None:  # one document for each sample, though it is empty
+        counts = exists.sum(1).cumsum(0)
+        offsets = torch.nn.functional.pad(counts, (1, 0)).to(torch.int32)
+    else:
+        offsets = torch.nn.functional.pad(first, (0, 1), value=len(rows)).to(torch.int32)
+    longest = int(offsets.diff().max()) if len(offsets) > 1 else 0
+    return Packed(rows, offsets, longest)
 
 
 @torch.compiler.disable(reason="the host reads how many documents there are")
 def documents_of(position_ids: Tensor, batch_size: int) -> Packed | None:
     """The documents of (batch or 1, tokens) positions; None if each sample is one."""
-    state = position_ids._version, batch_size
-    known = _read.get(position_ids)
-    if known is None or known[0] != state:
-        known = state, find_documents(position_ids.expand(batch_size, -1))
-        _read[position_ids] = known
-    return known[1]
+    found: Packed | None = _read_once(
+        position_ids, batch_size, None, lambda: find_documents(position_ids.expand(batch_size, -1))
+    )
+    return found
 
 
 def find_documents(position_ids: Tensor) -> Packed | None:

@@ -7,6 +7,7 @@ the label of that one. The plan travels to every layer as the keyword ``cp_plan`
 
 from __future__ import annotations
 
+import hashlib
 import inspect
 import weakref
 from collections.abc import Mapping
@@ -17,10 +18,15 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 from torch.distributed.device_mesh import DeviceMesh
 
-from magi_sink_cp.dist.plan import CPPlan, make_cp_plan
+from magi_sink_cp.dist.guard.late import agree_outside_plans
+from magi_sink_cp.dist.plan import CPPlan, make_cp_plan, process_group
 from magi_sink_cp.integrations.transformers.attention import NAME
-from magi_sink_cp.integrations.transformers.losses import cp_load_balancing_loss, global_loss
-from magi_sink_cp.integrations.transformers.masks import find_documents
+from magi_sink_cp.integrations.transformers.losses import (
+    cp_load_balancing_loss,
+    global_loss,
+    scale_gradient,
+)
+from magi_sink_cp.integrations.transformers.masks import find_documents, pack_existing
 
 _IGNORED = -100
 # Arguments of forward that shard_batch reads, and does not hand on as they are.
@@ -28,6 +34,9 @@ _READ = (
     "input_ids", "inputs_embeds", "attention_mask", "position_ids", "labels", "shift_labels",
     "num_items_in_batch", "cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k",
 )  # fmt: skip
+_TOKENS = ("input_ids", "inputs_embeds")
+_ATTRIBUTE = "_magi_sink_context_parallel"
+_BATCH = "the batch of a model under context parallelism"
 _CACHES = ("cache", "past_key_values")
 # Rotary embeddings that depend on the largest position, of which each rank sees its own.
 _REFUSED_ROPE = ("dynamic", "longrope")
@@ -60,8 +69,7 @@ class _Row(NamedTuple):
 
 
 def _as_row(batch: Mapping[str, Any]) -> _Row:
-    tokens = batch.get("input_ids")
-    tokens = batch.get("inputs_embeds") if tokens is None else tokens
+    tokens = next((batch[name] for name in _TOKENS if batch.get(name) is not None), None)
     if not isinstance(tokens, Tensor) or tokens.dim() not in (2, 3):
         raise ValueError(
             "the batch must hold input_ids (batch, tokens) or inputs_embeds (batch, tokens, "
@@ -89,14 +97,41 @@ def _as_row(batch: Mapping[str, Any]) -> _Row:
             )
         return _Row(shape, None, offsets.tolist())
     if mask is not None:
-        lengths = torch.nn.functional.pad(mask.sum(1).cumsum(0), (1, 0))
-        return _Row(shape, mask.flatten().nonzero()[:, 0], lengths.tolist())
+        packed = pack_existing(mask, positions)
+        return _Row(shape, packed.rows, packed.cu_seqlens.tolist())
     documents = None
     if positions is not None:
         documents = find_documents(positions.expand(shape[0], -1))
     if documents is not None:
         return _Row(shape, None, documents.cu_seqlens.tolist())
     return _Row(shape, None, [sample * shape[1] for sample in range(shape[0] + 1)])
+
+
+def _shift_labels(batch: Mapping[str, Any], shape: tuple[int, int]) -> Tensor | None:
+    """(batch, tokens): the token behind each one, or what was given as shift_labels."""
+    name = "labels" if batch.get("shift_labels") is None else "shift_labels"
+    labels: Tensor | None = batch.get(name)
+    if labels is None:
+        return None
+    if not isinstance(labels, Tensor) or labels.shape != shape:
+        given = tuple(labels.shape) if isinstance(labels, Tensor) else type(labels).__name__
+        raise ValueError(f"{name} must be (batch, tokens), {shape}, got {given}")
+    if name == "shift_labels":
+        return labels
+    return torch.nn.functional.pad(labels, (0, 1), value=_IGNORED)[..., 1:]
+
+
+def _record_of(batch: Mapping[str, Any], labels: Tensor | None) -> dict[str, object]:
+    """What all ranks must have alike: a loader that is not replicated over cp is noticed."""
+    record: dict[str, object] = {
+        "entries": sorted(name for name, x in batch.items() if x is not None)
+    }
+    for name, x in (("input_ids", batch.get("input_ids")), ("labels", labels)):
+        if x is not None:
+            content = x.detach().cpu().contiguous().numpy().tobytes()
+            record[f"{name} (sha256)"] = hashlib.sha256(content).hexdigest()[:16]
+            record[f"shape of {name}"] = list(x.shape)
+    return record
 
 
 def document_offsets(batch: Mapping[str, Any]) -> list[int]:
@@ -135,31 +170,40 @@ def shard_batch(
     Raises:
         ValueError: the batch or the plan does not fit.
     """
-    row = _as_row(batch)
-    total = row.offsets[-1]
+    cp_group = process_group(group) if plan is None else plan.group
+    try:
+        row = _as_row(batch)
+        labels = _shift_labels(batch, row.shape)
+        if plan is not None and plan.total_tokens != row.offsets[-1]:
+            raise ValueError(
+                f"the plan must be for the batch's {row.offsets[-1]} tokens that are no padding, "
+                f"got one for {plan.total_tokens}"
+            )
+    except Exception as error:  # the other ranks must hear of it
+        if cp_group is not None:
+            agree_outside_plans(error, cp_group, _BATCH, _BATCH)
+        raise
+    if cp_group is not None:
+        agree_outside_plans(_record_of(batch, labels), cp_group, _BATCH, _BATCH)
     if plan is None:
-        plan = make_cp_plan(total, group=group, cu_seqlens=row.offsets, layout=layout)
-    elif plan.total_tokens != total:
-        raise ValueError(
-            f"the plan must be for the batch's {total} tokens that are no padding, got one for "
-            f"{plan.total_tokens}"
-        )
+        plan = make_cp_plan(row.offsets[-1], group=group, cu_seqlens=row.offsets, layout=layout)
     sharded = {name: value for name, value in batch.items() if name not in _READ}
 
     def shard(x: Tensor, fill: float = 0) -> Tensor:
         return plan.shard(row.packed(x), fill=fill)[None]
 
-    for name in ("input_ids", "inputs_embeds"):
-        if batch.get(name) is not None:
-            device = batch[name].device
-            sharded[name] = shard(batch[name])
+    if batch.get("input_ids") is not None:
+        sharded["input_ids"] = shard(batch["input_ids"])
+    if batch.get("inputs_embeds") is not None:
+        # By index: the gradient is that of this rank's rows, to be averaged as all others.
+        rows = row.packed(batch["inputs_embeds"])
+        order = plan.shard(torch.arange(len(rows), device=rows.device))
+        sharded["inputs_embeds"] = (rows[order] * plan.token_mask[:, None].to(rows.dtype))[None]
     positions = batch.get("position_ids")
     if positions is None:
+        device = next(batch[x] for x in _TOKENS if batch.get(x) is not None).device
         positions = torch.arange(row.shape[1], device=device)[None]
     sharded["position_ids"] = shard(positions.expand(row.shape))
-    labels = batch.get("shift_labels")
-    if labels is None and batch.get("labels") is not None:
-        labels = torch.nn.functional.pad(batch["labels"], (0, 1), value=_IGNORED)[..., 1:]
     if labels is not None:
         sharded["labels"] = sharded["shift_labels"] = shard(labels, _IGNORED)
         items = batch.get("num_items_in_batch")
@@ -191,7 +235,11 @@ class ContextParallel:
         self._group, self._layout = group, layout
         self._unshard_logits, self._in_eval = unshard_logits, in_eval
         self._share_of_loss = share_of_loss
-        self._parameters = inspect.signature(model.forward)
+        self._signature = inspect.signature(model.forward)
+        before = getattr(model, _ATTRIBUTE, None)
+        if before is not None:
+            before.remove()
+        setattr(model, _ATTRIBUTE, self)
         self._rows: weakref.WeakKeyDictionary[CPPlan, tuple[_Row, bool]] = (
             weakref.WeakKeyDictionary()
         )
@@ -208,17 +256,34 @@ class ContextParallel:
     def _before(
         self, model: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
-        bound = self._parameters.bind_partial(*args, **kwargs).arguments
-        given = {name: value for name, value in bound.items() if name != "kwargs"}
-        given |= bound.get("kwargs", {})
+        given = self._named(args, kwargs)
         is_off = not (model.training or self._in_eval) or given.get("cp_plan") is not None
         if is_off or any(given.get(name) is not None for name in _CACHES):
             return None
+        if given.get("logits_to_keep") not in (None, 0):
+            raise ValueError(
+                "logits_to_keep must be left out under context parallelism: the last rows of a "
+                "shard are not the last ones of the batch"
+            )
+        if given.get("return_dict") is False:
+            raise ValueError("return_dict must not be False under context parallelism")
         given = {name: value for name, value in given.items() if value is not None}
         sharded = shard_batch(given, self._group, layout=self._layout)
         sharded.pop("labels", None)  # _after computes the loss, of all ranks
         self._rows[sharded["cp_plan"]] = _as_row(given), "num_items_in_batch" in given
         return (), {**sharded, "return_dict": True}
+
+    def _named(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+        """The arguments of forward by name."""
+        named: dict[str, Any] = {}
+        bound = self._signature.bind_partial(*args, **kwargs)
+        for name, value in bound.arguments.items():
+            kind = self._signature.parameters[name].kind
+            if kind is inspect.Parameter.VAR_KEYWORD:
+                named |= value
+            elif kind is not inspect.Parameter.VAR_POSITIONAL:
+                named[name] = value
+        return named
 
     def _after(
         self, model: Any, args: tuple[Any, ...], kwargs: dict[str, Any], outputs: Any
@@ -242,18 +307,27 @@ class ContextParallel:
             )
             aux_loss = model.router_aux_loss_coef * outputs.aux_loss
         if loss is not None:
-            outputs.loss = self._put_together(loss, aux_loss, items_given, plan)
+            loss = self._put_together(loss, aux_loss, items_given, plan, model.training)
+            outputs = type(outputs)(**{**outputs, "loss": loss})  # the first entry, as it was
         if self._unshard_logits is True or (self._unshard_logits and not model.training):
-            outputs.logits = row.spread(plan.unshard(outputs.logits[0]))
+            local = scale_gradient(outputs.logits[0], plan.cp_size)  # gradients are averaged
+            outputs.logits = row.spread(plan.unshard(local))
         return outputs
 
     def _put_together(
-        self, loss: Tensor, aux_loss: Tensor | None, items_given: bool, plan: CPPlan
+        self,
+        loss: Tensor,
+        aux_loss: Tensor | None,
+        items_given: bool,
+        plan: CPPlan,
+        training: bool,
     ) -> Tensor:
         """This rank's share of the loss of the labels, and all of the router's."""
         if not self._share_of_loss:
             loss = global_loss(loss, plan)
             return loss if aux_loss is None else loss + aux_loss
+        if not training:  # the same on every rank: of an uneven last batch some are left out
+            loss = global_loss(loss, plan) / plan.cp_size
         if aux_loss is not None:
             loss = loss + aux_loss / plan.cp_size
         # Trainer adds the shares up if it counts the labels, else it takes their mean.

@@ -74,6 +74,13 @@ def _preparing(original: Callable[..., Any]) -> Callable[..., Any]:
 def _leaving_inputs(original: Callable[..., Any]) -> Callable[..., Any]:
     def _prepare_context_parallel_inputs(trainer: Any, model: Any, inputs: Any) -> Any:
         if _uses_magi_sink(trainer.accelerator.unwrap_model(model)):
+            if trainer.accelerator.parallelism_config is not None and (
+                trainer.label_smoother is not None or trainer.compute_loss_func is not None
+            ):
+                raise ValueError(
+                    "label_smoothing_factor and compute_loss_func must be left out under context "
+                    "parallelism with magi_sink: they would see a shard of the logits"
+                )
             return contextlib.nullcontext, inputs
         return original(trainer, model, inputs)
 
