@@ -135,10 +135,21 @@ class PlanPrefetcher(Generic[Batch]):
         return len(self._batches)  # type: ignore[arg-type]
 
     def __iter__(self) -> Iterator[tuple[Batch, CPPlan]]:
+        # Here, not in the thread: a DataLoader forks its workers now. The child of a thread destroys
+        # what the main thread keeps for itself, as DTensors keep their process groups, and hangs.
+        try:
+            iterator = iter(self._batches)
+        except Exception as error:
+            if self._group is not None:
+                report_error(error, self._group)
+            raise
         ready: queue.SimpleQueue[Any] = queue.SimpleQueue()
         room, stop = threading.Semaphore(self._depth), threading.Event()
         thread = threading.Thread(
-            target=self._work, args=(ready, room, stop), name="magi_sink_cp plans", daemon=True
+            target=self._work,
+            args=(iterator, ready, room, stop),
+            name="magi_sink_cp plans",
+            daemon=True,
         )
         thread.start()
         try:
@@ -161,12 +172,14 @@ class PlanPrefetcher(Generic[Batch]):
             thread.join(timeout=10 * _LOOK_S)
 
     def _work(
-        self, ready: queue.SimpleQueue[Any], room: threading.Semaphore, stop: threading.Event
+        self,
+        iterator: Iterator[Batch],
+        ready: queue.SimpleQueue[Any],
+        room: threading.Semaphore,
+        stop: threading.Event,
     ) -> None:
         """Put (batch, blueprint) where there is room, then the end; or an exception."""
-        iterator: Iterator[Batch] | None = None
         try:
-            iterator = iter(self._batches)
             while _wait_for(room, stop):
                 try:
                     batch = next(iterator)

@@ -101,6 +101,19 @@ def test_dataloaders_with_workers(context):
     wait_until_ended()
 
 
+def test_workers_are_forked_by_the_loops_own_thread():
+    """A child of another thread destroys what that one does not own, and may hang in it."""
+    began = []
+
+    class Loader:
+        def __iter__(self):
+            began.append(threading.current_thread())
+            return iter([[0, 20]])
+
+    assert len(list(prefetch_plans(Loader(), cu_seqlens=first))) == 1
+    assert began == [threading.current_thread()]
+
+
 @pytest.mark.parametrize("depth", [1, 2, 4])
 def test_it_never_runs_ahead_further_than_asked(depth):
     taken, ended = [], []
