@@ -135,8 +135,9 @@ class PlanPrefetcher(Generic[Batch]):
         return len(self._batches)  # type: ignore[arg-type]
 
     def __iter__(self) -> Iterator[tuple[Batch, CPPlan]]:
-        # Here, not in the thread: a DataLoader forks its workers now. The child of a thread destroys
-        # what the main thread keeps for itself, as DTensors keep their process groups, and hangs.
+        # Here, not in the thread: a DataLoader forks its workers now. The child of a thread
+        # destroys what the main thread keeps for itself, as DTensors keep their process groups,
+        # and hangs in that.
         try:
             iterator = iter(self._batches)
         except Exception as error:
