@@ -170,6 +170,16 @@ def shard_batch(
     Raises:
         ValueError: the batch or the plan does not fit.
     """
+    return _shard(batch, group, layout, plan)[0]
+
+
+def _shard(
+    batch: Mapping[str, Any],
+    group: ProcessGroup | DeviceMesh | None,
+    layout: str,
+    plan: CPPlan | None = None,
+) -> tuple[dict[str, Any], _Row]:
+    """What :func:`shard_batch` returns, and the row that the batch became."""
     cp_group = process_group(group) if plan is None else plan.group
     try:
         row = _as_row(batch)
@@ -211,7 +221,7 @@ def shard_batch(
             items = (row.packed(labels) != _IGNORED).sum()
         sharded["num_items_in_batch"] = items
     sharded["cp_plan"], sharded["use_cache"] = plan, False
-    return sharded
+    return sharded, row
 
 
 class ContextParallel:
@@ -268,9 +278,9 @@ class ContextParallel:
         if given.get("return_dict") is False:
             raise ValueError("return_dict must not be False under context parallelism")
         given = {name: value for name, value in given.items() if value is not None}
-        sharded = shard_batch(given, self._group, layout=self._layout)
+        sharded, row = _shard(given, self._group, self._layout)
         sharded.pop("labels", None)  # _after computes the loss, of all ranks
-        self._rows[sharded["cp_plan"]] = _as_row(given), "num_items_in_batch" in given
+        self._rows[sharded["cp_plan"]] = row, "num_items_in_batch" in given
         return (), {**sharded, "return_dict": True}
 
     def _named(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
