@@ -62,7 +62,8 @@ def attention_with_sink(
         k, v: (b, sk, h_kv, d) or (total_k, h_kv, d); h_kv divides h. v may have a head_dim of its
             own where the backend can.
         sink: logits, natural log, fp32 (bf16 and fp16 are computed in fp32). None is plain
-            attention. -inf switches a sink off.
+            attention. -inf switches a sink off. A DTensor may be sharded by its heads over
+            tensor-parallel ranks, as q's heads are.
         sink_layout: "sh": sink is (s_sink, h) or (h,), shared by all rows. "ssh": a sink per row,
             (b, sq, s_sink, h) or (total_q, s_sink, h). Any s_sink >= 1.
         cu_seqlens_q, cu_seqlens_k: (documents + 1,) int32 or int64 offsets of packed documents on

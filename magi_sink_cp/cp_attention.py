@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from magi_sink_cp.dist.plan import CPPlan
-from magi_sink_cp.kernels.checks import under_autocast
+from magi_sink_cp.kernels.checks import own_heads, under_autocast
 from magi_sink_cp.ops.cp_attention import cp_attention
 
 
@@ -43,7 +43,8 @@ def cp_attention_with_sink(
             sequence as the plan says. fp16, bf16, fp32 or fp64, as the backend takes.
         k, v: (plan.local_tokens, h_kv, d), or with b as q; h_kv divides h.
         sink: "sh": (s_sink, h) or (h,), the same on every rank. "ssh": (plan.local_tokens, s_sink,
-            h), or with b, sharded like q. None is plain attention.
+            h), or with b, sharded like q. None is plain attention. A DTensor may be sharded by its
+            heads over tensor-parallel ranks, as q's heads are.
         plan: of :func:`magi_sink_cp.make_cp_plan`. Its documents do not see each other.
         causal: mask within each document. None is True, or what the plan's mask_slices say; beside
             these neither causal nor window_size may be given.
@@ -81,8 +82,10 @@ def cp_attention_with_sink(
     if not isinstance(plan, CPPlan):
         raise TypeError(f"plan must come from make_cp_plan, got {type(plan).__name__}")
     q, k, v = under_autocast(q, k, v)
-    if sink_layout == "sh" and isinstance(sink, Tensor) and sink.dim() == 1:
-        sink = sink.unsqueeze(0)
+    if isinstance(sink, Tensor):
+        sink = own_heads(sink, q)
+        if sink_layout == "sh" and sink.dim() == 1:
+            sink = sink.unsqueeze(0)
     options = (
         sink_layout, softmax_scale, causal, window_size, softcap, deterministic, dsink_reduce,
         overlap_degree, grad_reduce_dtype, checks, backend,

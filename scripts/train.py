@@ -18,12 +18,9 @@ import argparse
 import contextlib
 import csv
 import datetime
-import json
 import math
 import os
 import random
-import shutil
-import signal
 import statistics
 import sys
 import sysconfig
@@ -33,17 +30,25 @@ from dataclasses import dataclass
 from itertools import islice
 from operator import attrgetter
 from pathlib import Path
-from types import FrameType
-from typing import Any
 
 import torch
 import torch.distributed as dist
-import torch.distributed.checkpoint as dcp
 import torch.nn.functional as F  # noqa: N812
 from torch import Tensor, nn
 from torch.distributed import ProcessGroup
-from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 from tqdm import tqdm
+from trainlib import (
+    INTERRUPTED,
+    Formatter,
+    Interrupt,
+    Recorder,
+    agree_on,
+    folder_name,
+    load_checkpoint,
+    prepare_folder,
+    save_checkpoint,
+    settings_of,
+)
 
 import magi_sink_cp
 from magi_sink_cp import CPPlan, SinkAttention, prefetch_plans
@@ -55,8 +60,8 @@ BF16_ROUNDING = 2**-9
 # Single-rank runs whose mean is compared with, and twice whose spread is allowed.
 GPU_REFERENCES = 8
 NOT_SETTINGS = ("documents", "verify", "resume", "out")
-NOT_GIVEN = object()
-INTERRUPTED = 130  # the exit code of a shell command that Ctrl-C ended
+ANEW = ("steps", "checkpoint_every")  # after a resume too
+COLUMNS = ("step", "loss", "tokens_per_s")
 
 
 def main() -> int:
@@ -91,7 +96,7 @@ def parse_arguments() -> argparse.Namespace:
     parser = make_parser()
     args = parser.parse_args()
     if args.resume is not None:
-        args = settings_of(parser, args)
+        args = settings_of(parser, args, NOT_SETTINGS, ANEW)
     for name in ("seq_len", "steps", "dim", "layers", "heads", "kv_heads", "head_dim", "sinks"):
         if getattr(args, name) < 1:
             option = f"--{name.replace('_', '-')}"
@@ -121,9 +126,6 @@ def parse_arguments() -> argparse.Namespace:
 
 
 def make_parser() -> argparse.ArgumentParser:
-    class Formatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
-        """Defaults in the help, and the description as it is written."""
-
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=Formatter)
     add = parser.add_argument
     text = "text file, or folder of them; None: the sources of Python's standard library"
@@ -151,50 +153,18 @@ def make_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def folder_name(text: str) -> Path:
-    if not text:
-        raise argparse.ArgumentTypeError("must name a folder, got ''")
-    return Path(text)
-
-
-def settings_of(parser: argparse.ArgumentParser, args: argparse.Namespace) -> argparse.Namespace:
-    """The arguments of the run that --resume names."""
-    path = args.resume / "settings.json"
-    if not path.is_file() or not (args.resume / "checkpoint").is_dir():
-        parser.error(f"--resume {args.resume} holds no settings.json and checkpoint/ of a run")
-    try:
-        settings = json.loads(path.read_text())
-        settings = {name: settings[name] for name in vars(args) if name not in NOT_SETTINGS}
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        parser.error(f"--resume {args.resume}: settings.json cannot be read: {error!r}")
-    # argparse leaves a name alone that the namespace has already.
-    blank = argparse.Namespace(**dict.fromkeys(vars(args), NOT_GIVEN))
-    for name, value in vars(parser.parse_args(namespace=blank)).items():
-        if value is NOT_GIVEN or name in ("resume", "verify"):
-            continue
-        if name in ("steps", "checkpoint_every"):
-            settings[name] = value
-        elif value != (has := args.resume if name == "out" else settings[name]):
-            option = f"--{name.replace('_', '-')}"
-            parser.error(
-                f"{option} {value} cannot be given with --resume, which goes on with {has}: leave "
-                "it out, or start anew"
-            )
-    return argparse.Namespace(**settings, verify=args.verify, resume=args.resume, out=args.resume)
-
-
 # --- The run ------------------------------------------------------------------------------------
 
 
 def run(args: argparse.Namespace, group: ProcessGroup | None, device: torch.device) -> int:
     is_first = group is None or dist.get_rank(group) == 0
     ranks = 1 if group is None else dist.get_world_size(group)
-    failure = agree_on(prepare_folder(args) if is_first else None, group)
+    failure = agree_on(prepare_folder(args, NOT_SETTINGS) if is_first else None, group)
     if failure:
         if is_first:
             print(f"train.py: error: {failure}", file=sys.stderr)
         return 2
-    recorder = Recorder(args.out) if is_first else None
+    recorder = Recorder(args.out, COLUMNS) if is_first else None
     state = TrainingState(args, device)
     first_step = state.load(args.out) if args.resume else 0
     with Interrupt() as interrupt:
@@ -217,74 +187,6 @@ def run(args: argparse.Namespace, group: ProcessGroup | None, device: torch.devi
     return verdict
 
 
-def prepare_folder(args: argparse.Namespace) -> str | None:
-    """Make --out before anything is computed; why that is not possible, or None."""
-    folder: Path = args.out
-    if args.resume is None and (folder / "metrics.csv").exists():
-        has_checkpoint = (folder / "checkpoint").is_dir()
-        instead = f", or --resume {folder}" if has_checkpoint else "; it saved no checkpoint"
-        return f"--out {folder} holds another run: choose a new folder{instead}"
-    settings = {name: value for name, value in vars(args).items() if name not in NOT_SETTINGS}
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        (folder / "settings.json").write_text(json.dumps(settings, indent=1))
-    except OSError as error:
-        return f"--out {folder} cannot be written: {error}"
-    return None
-
-
-def agree_on(failure: str | None, group: ProcessGroup | None) -> str | None:
-    """The first rank's failure, on every rank."""
-    if group is None:
-        return failure
-    shared = [failure]
-    dist.broadcast_object_list(shared, src=0, group=group)
-    return shared[0]
-
-
-class Interrupt:
-    """Ctrl-C, or SIGTERM, is noted while training runs. A second one ends the process at once."""
-
-    def __init__(self) -> None:
-        self.seen = False
-        self._before: dict[int, Any] = {}
-
-    def __enter__(self) -> Interrupt:
-        for number in (signal.SIGINT, signal.SIGTERM):
-            self._before[number] = signal.signal(number, self._note)
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        for number, handler in self._before.items():
-            signal.signal(number, handler)
-
-    def _note(self, number: int, frame: FrameType | None) -> None:
-        self.seen = True
-        signal.signal(number, self._before[number])
-
-
-class Recorder:
-    """metrics.csv, a line per step, each on disk before the next step begins."""
-
-    def __init__(self, folder: Path) -> None:
-        self._path = folder / "metrics.csv"
-        if not self._path.exists():
-            self._path.write_text("step,loss,tokens_per_s\n")
-
-    def keep_before(self, step: int) -> None:
-        """Drop the lines from ``step`` on, which come again after a resume."""
-        lines = self._path.read_text().splitlines(keepends=True)
-        self._path.write_text("".join(lines[: 1 + step]))
-
-    def write(self, step: int, loss: float, rate: float) -> None:
-        with self._path.open("a", newline="") as file:
-            csv.writer(file).writerow([step, loss, rate])
-
-    def losses(self) -> list[float]:
-        with self._path.open() as file:
-            return [float(row["loss"]) for row in csv.DictReader(file)]
-
-
 class TrainingState:
     """Model and optimizer of one run, and their checkpoint."""
 
@@ -296,29 +198,13 @@ class TrainingState:
         )
 
     def save(self, folder: Path, next_step: int, group: ProcessGroup | None) -> None:
-        """Write folder/checkpoint; the old one is kept until the new one is whole."""
-        new, old = folder / "checkpoint.new", folder / "checkpoint"
-        model, optimizer = get_state_dict(self.model, self.optimizer)
-        state = {"model": model, "optimizer": optimizer, "next_step": next_step}
-        dcp.save(state, checkpoint_id=new, process_group=group, no_dist=group is None)
-        if group is None or dist.get_rank(group) == 0:
-            shutil.rmtree(old, ignore_errors=True)
-            new.rename(old)
-        if group is not None:
-            dist.barrier(group)
+        """Write folder/checkpoint."""
+        save_checkpoint(folder, self.model, self.optimizer, {"next_step": next_step}, group)
 
     def load(self, folder: Path) -> int:
         """Read folder/checkpoint; returns the next step."""
-        model, optimizer = get_state_dict(self.model, self.optimizer)
-        state: dict[str, Any] = {"model": model, "optimizer": optimizer, "next_step": 0}
-        dcp.load(state, checkpoint_id=folder / "checkpoint", no_dist=not dist.is_initialized())
-        set_state_dict(
-            self.model,
-            self.optimizer,
-            model_state_dict=state["model"],
-            optim_state_dict=state["optimizer"],
-        )
-        return int(state["next_step"])
+        others = load_checkpoint(folder, self.model, self.optimizer, {"next_step": 0})
+        return int(others["next_step"])
 
 
 def train(
@@ -568,7 +454,14 @@ def report(
 ) -> int:
     """Write verify.csv and loss.png, print the verdict, and return the exit code."""
     folder: Path = args.out
-    plot(folder / "loss.png", Recorder(folder).losses(), first_step, references, ranks, device)
+    plot(
+        folder / "loss.png",
+        Recorder(folder, COLUMNS).column("loss"),
+        first_step,
+        references,
+        ranks,
+        device,
+    )
     if losses:
         print(f"loss {losses[0]:.4f} → {losses[-1]:.4f} in {len(losses)} steps; see {folder}")
     else:

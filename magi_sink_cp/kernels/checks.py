@@ -223,11 +223,16 @@ def under_autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
     return tuple(x.to(dtype) for x in tensors)
 
 
+def is_dtensor(x: Tensor) -> bool:
+    """Whether x is a DTensor: told by its attributes, as torch may have no distributed package."""
+    return type(x) not in PLAIN_TENSORS and hasattr(x, "placements") and hasattr(x, "device_mesh")
+
+
 def refuse_dtensor(name: str, x: Tensor) -> None:
     """Raise TypeError for a DTensor, whose local part alone is what kernels can read."""
-    if type(x) not in PLAIN_TENSORS and hasattr(x, "placements") and hasattr(x, "device_mesh"):
+    if is_dtensor(x):
         raise TypeError(
-            f"{name} must be a plain tensor, got a DTensor with placements {x.placements}. Pass "
+            f"{name} must be a plain tensor, got a DTensor with placements {x.placements}. Pass "  # type: ignore[attr-defined]
             f"{name}.to_local() if this rank's part is what is meant (heads of its own under "
             f"tensor parallelism), else {name}.full_tensor()"
         )
@@ -366,6 +371,22 @@ def check_sink_layout(sink_layout: object) -> None:
         raise ValueError(f"sink_layout must be one of {SINK_LAYOUTS}, got {sink_layout!r}")
 
 
+def own_heads(sink: Tensor, q: Tensor) -> Tensor:
+    """This rank's part of a DTensor whose heads are sharded as q's are, by tensor parallelism.
+
+    Every other sink comes back as it is: of a replicated DTensor nobody here can tell whether its
+    gradient is whole on each rank or a part of the sum.
+    """
+    if not is_dtensor(sink):
+        return sink
+    heads = sink.dim() - 1
+    by_heads = all(x.is_shard() and x.dim == heads for x in sink.placements)  # type: ignore[attr-defined]
+    if by_heads and sink.to_local().shape[-1] == q.shape[-2]:  # type: ignore[attr-defined]
+        local: Tensor = sink.to_local()  # type: ignore[attr-defined]
+        return local
+    return sink
+
+
 def as_sink(sink: Tensor | None, sink_layout: str, q: Tensor) -> Tensor | None:
     """The checked sink against q (B, T, H, D) or (T, H, D); a sink (H,) as (1, H).
 
@@ -375,6 +396,7 @@ def as_sink(sink: Tensor | None, sink_layout: str, q: Tensor) -> Tensor | None:
     check_sink_is_tensor(sink, sink_layout)
     if sink is None:
         return None
+    sink = own_heads(sink, q)
     refuse_dtensor("sink", sink)
     allowed = (*SINK_FLOATS, torch.float64) if q.dtype == torch.float64 else SINK_FLOATS
     if sink.dtype not in allowed:

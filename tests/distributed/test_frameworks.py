@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import gc
 import time
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
 from torch import nn
-from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 from torch.utils.checkpoint import checkpoint
 
 from magi_sink_cp import attention_with_sink, cp_attention_with_sink, make_cp_plan
@@ -165,6 +167,44 @@ def settled_objects() -> int:
         gc.collect()
         counted.append(len(gc.get_objects()))
     return min(counted)
+
+
+def body_tensor_parallel(group, device) -> None:
+    """tp 2 × cp 2: each rank has half of the heads, and the sink is a DTensor of all of them."""
+    mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("tp", "cp"))
+    tp, cp = mesh["tp"], mesh["cp"]
+    generator = torch.Generator().manual_seed(1)
+    whole = torch.randn(3, TOKENS, HEADS, HEAD_DIM, generator=generator)
+    logits = torch.randn(2, HEADS, generator=generator)
+    q, k, v = (x.clone().requires_grad_() for x in whole)
+    expected = logits.clone().requires_grad_()
+    offsets = torch.tensor(CU_SEQLENS, dtype=torch.int32)
+    truth = attention_with_sink(
+        q, k, v, expected, causal=True, cu_seqlens_q=offsets, cu_seqlens_k=offsets
+    )
+    truth.square().sum().backward()
+    sink = nn.Parameter(distribute_tensor(logits, tp, [Shard(1)]))
+    own = slice(*(HEADS // 2 * (tp.get_local_rank() + n) for n in (0, 1)))
+    plan = make_cp_plan(TOKENS, group=cp, cu_seqlens=CU_SEQLENS)
+    parts = [plan.shard(x[:, own]) for x in whole]
+    out = cp_attention_with_sink(*parts, sink, plan=plan, dsink_reduce="sum")
+    out.square().sum().backward()
+    assert sink.grad.placements == (Shard(1),)
+    torch.testing.assert_close(plan.unshard(out), truth[:, own], rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(sink.grad.full_tensor(), expected.grad, rtol=1e-4, atol=1e-5)
+    one = make_cp_plan(TOKENS, cu_seqlens=CU_SEQLENS)
+    for call in (attention_with_sink, partial(cp_attention_with_sink, plan=one)):
+        out = call(*(x[:, own][None] for x in whole), sink.detach())
+        assert out.shape[-2] == HEADS // 2
+    with pytest.raises(TypeError, match=r"sink must be a plain tensor, got a DTensor .*Shard"):
+        cp_attention_with_sink(*(plan.shard(x) for x in whole), sink, plan=plan)
+    replicated = distribute_tensor(logits[:, own], cp, [Replicate()])
+    with pytest.raises(TypeError, match=r"sink must be a plain tensor, got a DTensor .*Replicate"):
+        cp_attention_with_sink(*parts, replicated, plan=plan)
+
+
+def test_a_sink_sharded_over_tensor_parallel_ranks():
+    run_on_ranks(4, body_tensor_parallel)
 
 
 def body_steps(group, device, *, overlap_degree) -> None:
