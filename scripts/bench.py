@@ -87,6 +87,7 @@ def main() -> int:
     )
     parser.add_argument("--layers", type=int, default=24, help="model: its layers")
     parser.add_argument("--steps", type=int, default=20, help="model: steps that are measured")
+    parser.add_argument("--tokens", type=int, help="model: only the cases of so many")
     parser.add_argument("--commit", help="commit to record (default: asks git)")
     args = parser.parse_args()
     if args.rounds < 10:

@@ -1,7 +1,7 @@
 """bench.py model: training steps of a model of gpt-oss's shape, in transformers.
 
 24 layers, d_model 2880, 64:8 heads, head_dim 64, window 128 in every other layer; experts and
-vocabulary are cut so that it fits. Checkpointed, bf16, gradients and no optimizer.
+vocabulary are cut so that it fits. Checkpointed, bf16, AdamW; two ranks average their gradients.
 """
 
 from __future__ import annotations
@@ -9,9 +9,10 @@ from __future__ import annotations
 import argparse
 import gc
 import itertools
+import re
 import statistics
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -32,17 +33,22 @@ CASES = (
     (131072, True, "magi_sink", 2),
 )
 VOCABULARY = 8192
+WARMUP = 2
+# Kernels of attention, sinks and the exchange of keys: FlashAttention's, ours, flex_attention's.
+ATTENTION = re.compile("flash|merge|dsink|accumulate|flex|tem_fused|Memcpy PtoP", re.IGNORECASE)
 
 
 def run(args: argparse.Namespace) -> Iterator[list[Row]]:
     start_ranks()
     magi.register()
     for tokens, packed, attention, ranks in CASES:
-        if ranks > dist.get_world_size():
+        if ranks > dist.get_world_size() or args.tokens not in (None, tokens):
             continue
         rows: list[Row] = []
         if dist.get_rank() < ranks:
             rows = [measured(args, tokens, packed, attention, ranks)]
+            gc.collect()
+            torch.cuda.empty_cache()
         dist.barrier()
         if dist.get_rank() == 0:
             yield rows
@@ -72,37 +78,55 @@ def measured(
     model = make_model(args.layers, attention)
     if ranks > 1:
         magi.context_parallel(model, dist.group.WORLD)
-    times = []
-    torch.cuda.reset_peak_memory_stats()
-    for number in range(2 + args.steps):
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5, fused=True)
+
+    def train_step(number: int) -> None:
         offsets = draw_documents(tokens, number) if packed else [0, tokens]
         positions = torch.cat([torch.arange(hi - lo) for lo, hi in itertools.pairwise(offsets)])
         ids = torch.randint(VOCABULARY, (1, tokens), device="cuda")
         batch = {"input_ids": ids, "labels": ids, "position_ids": positions[None].cuda()}
+        model(**batch, use_cache=False).loss.backward()
+        if ranks > 1:
+            grads = [p.grad for p in model.parameters() if p.grad is not None]
+            for grad in grads:
+                dist.all_reduce(grad, op=dist.ReduceOp.AVG)
+        optimizer.step()
+        optimizer.zero_grad()
+
+    times = []
+    torch.cuda.reset_peak_memory_stats()
+    for number in range(WARMUP + args.steps):
         if ranks > 1:
             dist.barrier()
         torch.cuda.synchronize()
         start = time.perf_counter()
-        model(**batch, use_cache=False).loss.backward()
-        model.zero_grad()
+        train_step(number)
         torch.cuda.synchronize()
-        if number >= 2:
+        if number >= WARMUP:
             times.append(1e6 * (time.perf_counter() - start))
+    share = None if attention == "eager" else share_of_attention(lambda: train_step(0))
     median = statistics.median(times)
     peak = torch.cuda.max_memory_allocated() / 2**20
     name = f"{args.layers} layers, {attention}: a step"
     name += " with new documents" if packed else ""
+    name += "" if share is None else f", attention {100 * share:.0f}% of the kernels' time"
     if dist.get_rank() == 0:
         speed = 1e6 * tokens / median
         print(
             f"{tokens} tokens, {ranks} GPUs, {name}: {speed:.0f} tokens/s, {peak:.0f} MiB",
             flush=True,
         )
-    del model
-    gc.collect()
-    torch.cuda.empty_cache()
     return {
         "tokens": tokens, "heads": 64, "heads_kv": 8, "head_dim": 64, "ranks": ranks,
         "measured": name,
         "median_us": median, "rounds": len(times), "mib": peak,
     }  # fmt: skip
+
+
+def share_of_attention(run_step: Callable[[], None]) -> float:
+    """Of the time of all kernels of a step, how much attention's take."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+        run_step()
+        torch.cuda.synchronize()
+    times = {event.key: event.self_device_time_total for event in profile.key_averages()}
+    return sum(us for name, us in times.items() if ATTENTION.search(name)) / sum(times.values())
