@@ -2,7 +2,7 @@
 # make test     set up, then run the whole test suite in WORKERS processes (default 2)
 # make stress   draw random cases for MINUTES minutes (default 10) and print a reproducer for a failure
 # make fa3      add FlashAttention-3 for Hopper GPUs to the environment
-# make torchtitan  add torchtitan to the environment, and test its integration
+# make integrations  add torchtitan and TRL to the environment, and test what is made for them
 # make docs     build the documentation site into site/
 # make extras   check that pip can resolve every extra
 # make lint     ruff and mypy
@@ -16,7 +16,7 @@ RANKS = $(shell $(BIN)/python -c "import torch; print(torch.cuda.device_count() 
 MINUTES ?= 10
 WORKERS ?= 2
 
-.PHONY: train test stress fa3 torchtitan docs extras lint clean
+.PHONY: train test stress fa3 integrations docs extras lint clean
 
 train: $(VENV)/.installed
 	$(BIN)/python -m torch.distributed.run --standalone --nproc-per-node $(RANKS) scripts/train.py --verify
@@ -32,11 +32,12 @@ fa3: $(VENV)/.installed
 	$(BIN)/python -m pip install --no-deps xformers==0.0.34 nvidia-cuda-runtime-cu12
 
 # torchtitan asks for a datasets that asks for an older huggingface_hub than transformers' newest does.
-# It works with the newest, so these three are installed without what they ask for.
-torchtitan: $(VENV)/.installed
-	$(BIN)/python -m pip install --no-deps torchtitan==0.3.0 torchdata==0.11.0 datasets==4.7.0
-	$(BIN)/python -m pip install spmd_types==0.2.3 tyro tensorboard einops pandas pyarrow dill multiprocess xxhash httpx
-	$(BIN)/python -m pytest tests/integrations/test_torchtitan.py tests/unit/test_documents.py
+# It works with the newest, so it is installed without what it asks for.
+integrations: $(VENV)/.installed
+	$(BIN)/python -m pip install --no-deps torchtitan==0.3.0 torchdata==0.11.0 spmd_types==0.2.3
+	$(BIN)/python -m pip install trl==1.16.0 tyro tensorboard einops
+	$(BIN)/python -m pytest tests/integrations/test_torchtitan.py tests/integrations/test_trl.py \
+		tests/unit/test_documents.py -k "not test_commands"
 
 docs: $(VENV)/.installed
 	$(BIN)/python -m pip install --quiet -e ".[docs]"

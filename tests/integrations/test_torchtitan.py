@@ -15,7 +15,7 @@ import pytest
 
 if importlib.util.find_spec("torchtitan") is None:
     pytest.skip(
-        "torchtitan is not installed: make torchtitan (it takes 300 MB, for its datasets)",
+        "torchtitan is not installed: make integrations (it takes 300 MB, for its datasets)",
         allow_module_level=True,
     )
 

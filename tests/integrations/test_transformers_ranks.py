@@ -266,6 +266,49 @@ def body_off(group, device) -> None:
     assert error(outputs.loss, expected.loss) < 1e-5
 
 
+@pytest.mark.parametrize("num_ranks", [2, 3])
+def test_lora(num_ranks):
+    pytest.importorskip("peft")
+    run_on_ranks(num_ranks, body_lora)
+
+
+def body_lora(group, device) -> None:
+    """PEFT: the hook on the wrapped model, or on the model before it is wrapped."""
+    from peft import LoraConfig, PromptTuningConfig, get_peft_model
+
+    from magi_sink_cp.integrations import transformers as magi
+
+    def with_lora(model):
+        torch.manual_seed(1)
+        config = LoraConfig(r=4, lora_alpha=8, target_modules=["q_proj", "v_proj"])
+        wrapped = get_peft_model(model, config)
+        with torch.no_grad():
+            for name, parameter in wrapped.named_parameters():
+                if "lora_" in name:
+                    parameter.copy_(torch.randn_like(parameter) * 0.2)
+        return wrapped.train()
+
+    batch, _ = batch_of("right")
+    batch["output_router_logits"] = True
+    truth = step(with_lora(make_model("gpt_oss")), **batch)
+    assert any("lora_" in name for name in truth[1])
+    for before in (False, True):
+        model = make_model("gpt_oss")
+        if before:
+            magi.context_parallel(model, group)
+        model = with_lora(model)
+        if not before:
+            magi.context_parallel(model, group)
+        loss = model(**batch).loss
+        loss.backward()
+        assert error(loss, truth[0].loss) < 1e-5
+        for name, grad in averaged(model, group).items():
+            assert error(grad, truth[1][name]) < 1e-5, name
+    prompts = PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3)
+    with pytest.raises(ValueError, match="cannot shard PEFT's virtual tokens"):
+        magi.context_parallel(get_peft_model(make_model("gpt_oss"), prompts), group)
+
+
 def test_data_parallel_beside():
     run_on_ranks(4, body_dp)
 

@@ -9,12 +9,11 @@ loss = model(input_ids=ids, labels=labels, attention_mask=mask).loss
 """
 
 from magi_sink_cp.integrations.transformers.attention import register
+from magi_sink_cp.integrations.transformers.batch import document_offsets, shard_batch
 from magi_sink_cp.integrations.transformers.losses import cp_load_balancing_loss, global_loss
 from magi_sink_cp.integrations.transformers.parallel import (
     ContextParallel,
     context_parallel,
-    document_offsets,
-    shard_batch,
 )
 from magi_sink_cp.integrations.transformers.trainer import enable_trainer_context_parallel
 
