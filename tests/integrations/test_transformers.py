@@ -229,6 +229,28 @@ def test_other_kinds_of_masks():
         existing_keys(1, 8, q_length=8, mask_function=chunked)
 
 
+def test_a_window_that_is_in_the_mask_alone(monkeypatch):
+    """Noticed by the config too, not by the model's name alone; without a window it runs."""
+    from magi_sink_cp.integrations.transformers import attention
+
+    attention.register()
+    monkeypatch.setattr(attention, "_REFUSED_MODELS", frozenset())
+    config = transformers.PhimoeConfig(
+        hidden_size=32, intermediate_size=32, num_hidden_layers=1, num_attention_heads=4,
+        num_key_value_heads=2, vocab_size=50, num_local_experts=2,
+    )  # fmt: skip
+    ids = torch.ones(1, 9, dtype=torch.long)
+    for window in (4, None):
+        config.sliding_window = window
+        model = transformers.AutoModelForCausalLM.from_config(config)
+        model.set_attn_implementation("magi_sink")
+        if window:
+            with pytest.raises(ValueError, match="does not honour windows that are in the mask"):
+                model(ids)
+        else:
+            assert model(ids).logits.isfinite().all()
+
+
 @pytest.mark.parametrize(
     ("given", "text"),
     [

@@ -95,6 +95,7 @@ def magi_sink_attention(
         ValueError: an argument asks for what this function does not honour.
     """
     _refuse(module, attention_mask, dropout, others)
+    _refuse_untold_window(module, sliding_window)
     causal = bool(module.is_causal if is_causal is None else is_causal)
     causal = causal and getattr(getattr(module, "config", None), "is_causal", True) is not False
     window = (-1, -1)
@@ -184,6 +185,25 @@ def _refuse(
         raise ValueError(
             f"attn_implementation={NAME!r} does not honour {' and '.join(given)}, which "
             f"{model_type or 'this model'} passes to its attention"
+        )
+
+
+def _refuse_untold_window(module: torch.nn.Module, sliding_window: int | None) -> None:
+    """Raise where the layer's window is in the model's mask alone, which is not looked at."""
+    config: Any = getattr(module, "config", None)
+    window = getattr(config, "sliding_window", None)
+    if sliding_window is not None or not window:
+        return
+    kinds, layer = getattr(config, "layer_types", None), getattr(module, "layer_idx", None)
+    if kinds and layer is not None and layer < len(kinds):
+        has_window = kinds[layer] == "sliding_attention"
+    else:
+        has_window = getattr(config, "use_sliding_window", True)
+    if has_window:
+        raise ValueError(
+            f"attn_implementation={NAME!r} does not honour windows that are in the mask alone: "
+            f"the config of {config.model_type} has a window of {window}, and layer {layer} tells "
+            "its attention none; use 'eager' for it"
         )
 
 

@@ -28,14 +28,14 @@ def global_loss(loss: Tensor, plan: CPPlan) -> Tensor:
     """
     if plan.group is None or plan.cp_size == 1:
         return loss
-    summed: Tensor = _SumOverRanks.apply(loss, plan.group, plan.cp_size)
-    return summed
+    return scale_gradient(_SumOverRanks.apply(loss, plan.group), plan.cp_size)
 
 
 class _SumOverRanks(torch.autograd.Function):
+    """The sum; the gradient goes to this rank's own addend."""
+
     @staticmethod
-    def forward(ctx: Any, x: Tensor, group: ProcessGroup, cp_size: int) -> Tensor:
-        ctx.cp_size = cp_size
+    def forward(ctx: Any, x: Tensor, group: ProcessGroup) -> Tensor:
         total = x.clone()
         reduction = Communication(
             "the loss: all-reduce over the cp group",
@@ -47,8 +47,8 @@ class _SumOverRanks(torch.autograd.Function):
         return total
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
-        return grad * ctx.cp_size, None, None
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        return grad, None
 
 
 def scale_gradient(x: Tensor, factor: float) -> Tensor:

@@ -155,17 +155,17 @@ def packed_by(
 def pack_existing(exists: Tensor, position_ids: Tensor | None = None) -> Packed:
     """The rows of (batch, tokens) that exist; each sample is a document, or several."""
     rows = exists.flatten().nonzero()[:, 0]
-    sample = rows // exists.shape[1]
-    starts = torch.ones_like(rows, dtype=torch.bool)
-    starts[1:] = sample[1:] != sample[:-1]
-    if position_ids is not None and position_ids.shape[-1] == exists.shape[1]:
-        position = position_ids.expand(exists.shape).flatten()[rows]
-        starts[1:] |= position[1:] <= position[:-1]
-    first = starts.nonzero()[:, 0]
     if position_ids is None:  # one document for each sample, though it is empty
         counts = exists.sum(1).cumsum(0)
         offsets = torch.nn.functional.pad(counts, (1, 0)).to(torch.int32)
     else:
+        sample = rows // exists.shape[1]
+        starts = torch.ones_like(rows, dtype=torch.bool)
+        starts[1:] = sample[1:] != sample[:-1]
+        if position_ids.shape[-1] == exists.shape[1]:
+            position = position_ids.expand(exists.shape).flatten()[rows]
+            starts[1:] |= position[1:] <= position[:-1]
+        first = starts.nonzero()[:, 0]
         offsets = torch.nn.functional.pad(first, (0, 1), value=len(rows)).to(torch.int32)
     longest = int(offsets.diff().max()) if len(offsets) > 1 else 0
     return Packed(rows, offsets, longest)
