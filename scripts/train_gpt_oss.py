@@ -160,7 +160,7 @@ def make_parser() -> argparse.ArgumentParser:
     add("--steps", type=int, default=100, help="optimizer steps in all")
     add("--cp", type=int, help="ranks that share a sequence; None: all")
     text = "part sequences of short documents among smaller groups of ranks"
-    add("--dynamic-cp", action="store_true", help=text)
+    add("--dynamic-cp", action=argparse.BooleanOptionalAction, default=False, help=text)
     add("--lr", type=float, default=1e-5, help="learning rate after the warm-up")
     add("--warmup", type=int, default=10, help="steps of warm-up")
     add("--clip", type=float, default=1.0, help="largest norm of the gradient")
@@ -169,7 +169,8 @@ def make_parser() -> argparse.ArgumentParser:
     add("--out", type=folder_name, help="folder to write to; None: runs/<time>")
     text = "save after so many steps; 0: at the end, and after Ctrl-C"
     add("--checkpoint-every", type=int, default=0, help=text)
-    add("--save-model", action="store_true", help="write model/ in the end")
+    text = "write model/ in the end"
+    add("--save-model", action=argparse.BooleanOptionalAction, default=False, help=text)
     text = f"folder of an earlier run: go on with its settings ({', '.join(ANEW)} anew)"
     add("--resume", type=folder_name, help=text.replace("_", "-"))
     return parser
