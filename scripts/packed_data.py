@@ -1,17 +1,20 @@
 """Packed sequences from a folder of text: an index, streams of documents, a loader.
 
-Documents are dealt to a fixed number of streams in a seeded order, new in each epoch. A stream is
+Each epoch assigns the documents to a fixed number of streams, in a new seeded order. A stream is
 cut into sequences of seq_len tokens. A stream's place is three numbers, so a run can go on where it
 was, over any number of ranks and workers. The workers of a DataLoader tokenize, pack and plan.
 """
 
 from __future__ import annotations
 
+import contextlib
+import hashlib
 import itertools
 import json
 import signal
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from multiprocessing import resource_tracker
 from pathlib import Path
 from typing import NamedTuple
 
@@ -26,26 +29,35 @@ IGNORED = -100  # label of a document's last token, and of padding
 # A group of ranks may have so much more work, or tokens, than the mean.
 UNEVEN = 1.1
 Tokenize = Callable[[str], list[int]]
+NO_TEXT = (
+    ".gz", ".bz2", ".xz", ".zst", ".zip", ".tar", ".parquet", ".arrow", ".bin", ".pt", ".npy",
+    ".npz", ".safetensors", ".pdf",
+)  # fmt: skip
 
 
 class Documents:
     """Where the documents of a folder begin and end.
 
     A line of a file *.jsonl is a document: a JSON object whose ``key`` is its text. Every other
-    file is one document, in UTF-8.
+    file is one document, in UTF-8. Files and folders whose names begin with a dot are left out.
     """
 
     def __init__(self, folder: str, key: str = "text") -> None:
         """Read where the lines are.
 
         Raises:
-            ValueError: the folder does not exist, or holds no document.
+            ValueError: the folder does not exist, holds no document, or a file that is no text.
         """
         root = Path(folder)
         if not folder or not root.exists():
             raise ValueError(f"{folder or repr(folder)} does not exist")
-        files = sorted(f for f in root.rglob("*") if f.is_file()) if root.is_dir() else [root]
-        self._files, self._key = files, key
+        files = [root]
+        if root.is_dir():
+            files = sorted(f for f in root.rglob("*") if f.is_file() and not _is_hidden(f, root))
+        for file in files:
+            if file.suffix.lower() in NO_TEXT:
+                raise ValueError(f"{file} is no text: give *.jsonl files and text files alone")
+        self._root, self._files, self._key = root, files, key
         found = [(n, *span) for n, file in enumerate(files) for span in _spans(file)]
         if not found:
             raise ValueError(f"{folder} holds no document")
@@ -53,6 +65,18 @@ class Documents:
 
     def __len__(self) -> int:
         return len(self._spans)
+
+    def fingerprint(self) -> str:
+        """Of names, sizes, and where the documents are: a resumed run must have the same ones."""
+        names = [(str(f.relative_to(self._root)), f.stat().st_size) for f in self._files]
+        found = hashlib.sha256(repr((names, self._key)).encode())
+        found.update(self._spans.tobytes())
+        return found.hexdigest()[:16]
+
+    def where(self, number: int) -> str:
+        """A document's file and first byte."""
+        n, start, _ = self._spans[number].tolist()
+        return f"{self._files[n]}, document at byte {start}"
 
     def text(self, number: int) -> str:
         """The text of a document.
@@ -66,22 +90,25 @@ class Documents:
             opened.seek(start)
             content = opened.read(length)
         try:
-            if file.suffix != ".jsonl":
+            if file.suffix.lower() != ".jsonl":
                 return content.decode()
             text = json.loads(content)[self._key]
         except (ValueError, KeyError, TypeError) as error:
-            raise ValueError(f"{file}, document at byte {start}: {error!r}") from error
+            raise ValueError(f"{self.where(number)}: {error!r}") from error
         if not isinstance(text, str):
             raise ValueError(
-                f"{file}, document at byte {start}: {self._key!r} must be a text, got "
-                f"{type(text).__name__}"
+                f"{self.where(number)}: {self._key!r} must be a text, got {type(text).__name__}"
             )
         return text
 
 
+def _is_hidden(file: Path, root: Path) -> bool:
+    return any(part.startswith(".") for part in file.relative_to(root).parts)
+
+
 def _spans(file: Path) -> Iterator[tuple[int, int]]:
     """(start, length) in bytes of a file's documents."""
-    if file.suffix != ".jsonl":
+    if file.suffix.lower() != ".jsonl":
         if size := file.stat().st_size:
             yield 0, size
         return
@@ -125,23 +152,30 @@ class Stream:
         """(tokens, labels, offsets of the documents) of the next ``length`` tokens.
 
         Raises:
-            ValueError: no document of the stream has two tokens.
+            ValueError: no document of the stream has two tokens; a document cannot be read; the
+                place is none of these documents.
         """
         tokens: list[int] = []
         labels: list[int] = []
         offsets = [0]
-        barren = 0  # documents in a row without a token to predict
+        skipped = 0  # documents in a row without a token to predict
         while len(tokens) < length:
             document = self._document()
             start = self.place.token
             stop = min(len(document), start + length - len(tokens))
+            if start >= max(1, len(document)):
+                raise ValueError(f"{self.place} is behind the document's {len(document)} tokens")
             if len(document) >= 2:
-                barren = 0
+                skipped = 0
                 tokens += document[start:stop]
                 labels += [*document[start + 1 : stop + 1], *([IGNORED] * (stop == len(document)))]
                 offsets.append(len(tokens))
-            elif (barren := barren + 1) >= len(self._order):
-                raise ValueError("the documents hold no token to predict: each has less than two")
+            elif (skipped := skipped + 1) >= len(self._order):
+                raise ValueError(
+                    f"the {len(self._order)} documents of stream {self._index} of {self._count} "
+                    "hold no token to predict: each has less than two. Give more documents, or "
+                    "take fewer sequences a step"
+                )
             if stop == len(document):
                 self.place = Place(self.place.epoch, self.place.number + 1)
             else:
@@ -152,13 +186,17 @@ class Stream:
         """The tokens of the document at the place."""
         if self._epoch != self.place.epoch:
             self._draw_order()
-        if self.place.number == len(self._order):
+        if self.place.number >= len(self._order):
             self.place = Place(self.place.epoch + 1)
             self._draw_order()
         at = self.place.epoch, self.place.number
         if self._at != at:
-            text = self._documents.text(int(self._order[self.place.number]))
-            self._tokens, self._at = self._tokenize(text), at
+            number = int(self._order[self.place.number])
+            text = self._documents.text(number)
+            try:
+                self._tokens, self._at = self._tokenize(text), at
+            except Exception as error:
+                raise ValueError(f"{self._documents.where(number)}: {error!r}") from error
         return self._tokens
 
     def _draw_order(self) -> None:
@@ -191,7 +229,7 @@ class PackedSequence:
         return replace(self, tokens=self.tokens.pin_memory(), labels=self.labels.pin_memory())
 
 
-def deal(lengths: Sequence[int], cp_size: int, pairs_per_token: float) -> list[list[int]]:
+def assign(lengths: Sequence[int], cp_size: int, pairs_per_token: float) -> list[list[int]]:
     """Which group of ranks runs which documents, the groups as small as balance lets them be.
 
     Attention costs a document length² / 2 pairs (query, key), and all other layers cost each of its
@@ -199,7 +237,8 @@ def deal(lengths: Sequence[int], cp_size: int, pairs_per_token: float) -> list[l
     busiest may have :data:`UNEVEN` times the mean's work, and as many times its tokens.
 
     Returns:
-        The numbers of the documents of each group. All ``cp_size`` ranks are one group in the end.
+        The numbers of the documents of each group. One group of all ``cp_size`` ranks is always
+        possible.
     """
     work = [n * (pairs_per_token + n / 2) for n in lengths]
     longest_first = sorted(range(len(lengths)), key=lambda n: -work[n])
@@ -237,7 +276,7 @@ class PackedSequences(IterableDataset[PackedSequence]):
             numbers: of the streams, among those of all ranks.
             cp_size, cp_rank: ranks that share the sequences, and this one's place among them.
             windows: of the model's layers.
-            pairs_per_token: as in :func:`deal`; None: all cp_size ranks run each sequence.
+            pairs_per_token: as in :func:`assign`; None: all cp_size ranks run each sequence.
         """
         self._streams, self._numbers, self._seq_len = streams, numbers, seq_len
         self._cp_size, self._cp_rank = cp_size, cp_rank
@@ -256,7 +295,7 @@ class PackedSequences(IterableDataset[PackedSequence]):
         cp_size, rank = self._cp_size, self._cp_rank
         if self._pairs_per_token is not None:
             spans = list(itertools.pairwise(offsets))
-            groups = deal([hi - lo for lo, hi in spans], cp_size, self._pairs_per_token)
+            groups = assign([hi - lo for lo, hi in spans], cp_size, self._pairs_per_token)
             cp_size //= len(groups)
             own = [spans[n] for n in groups[rank // cp_size]]
             rank %= cp_size
@@ -285,11 +324,25 @@ def make_loader(
         num_workers=workers,
         pin_memory=pin_memory,
         multiprocessing_context="spawn" if workers else None,
-        worker_init_fn=leave_ctrl_c_alone,
+        worker_init_fn=_use_one_thread,
     )
 
 
-def leave_ctrl_c_alone(worker: int) -> None:
-    """The training loop ends the workers."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+def _use_one_thread(worker: int) -> None:
     torch.set_num_threads(1)
+
+
+def start(loader: DataLoader[PackedSequence]) -> Iterator[PackedSequence]:
+    """Begin an iteration whose workers leave Ctrl-C and SIGTERM to this process, which ends them.
+
+    Both are blocked while the workers start, which then have them blocked for good; one that comes
+    meanwhile reaches this process after that.
+    """
+    signals = {signal.SIGINT, signal.SIGTERM}
+    with contextlib.suppress(AttributeError):  # as it unblocks them when it starts
+        resource_tracker.ensure_running()
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, signals)
+    try:
+        return iter(loader)
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)

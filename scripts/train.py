@@ -43,6 +43,7 @@ from trainlib import (
     Interrupt,
     Recorder,
     agree_on,
+    choose_folder,
     folder_name,
     load_checkpoint,
     prepare_folder,
@@ -60,7 +61,7 @@ BF16_ROUNDING = 2**-9
 # Single-rank runs whose mean is compared with, and twice whose spread is allowed.
 GPU_REFERENCES = 8
 NOT_SETTINGS = ("documents", "verify", "resume", "out")
-ANEW = ("steps", "checkpoint_every")  # after a resume too
+MAY_CHANGE = ("steps", "checkpoint_every")  # at a resume
 COLUMNS = ("step", "loss", "tokens_per_s")
 
 
@@ -96,7 +97,7 @@ def parse_arguments() -> argparse.Namespace:
     parser = make_parser()
     args = parser.parse_args()
     if args.resume is not None:
-        args = settings_of(parser, args, NOT_SETTINGS, ANEW)
+        args = settings_of(parser, args, NOT_SETTINGS, MAY_CHANGE)
     for name in ("seq_len", "steps", "dim", "layers", "heads", "kv_heads", "head_dim", "sinks"):
         if getattr(args, name) < 1:
             option = f"--{name.replace('_', '-')}"
@@ -120,8 +121,6 @@ def parse_arguments() -> argparse.Namespace:
         args.documents = read_documents(args.data)
     except (OSError, ValueError) as error:
         parser.error(f"--data: {error}")
-    if args.out is None:
-        args.out = Path("runs") / datetime.datetime.now().strftime("%Y-%m-%d_%H-%M-%S")
     return args
 
 
@@ -159,6 +158,7 @@ def make_parser() -> argparse.ArgumentParser:
 def run(args: argparse.Namespace, group: ProcessGroup | None, device: torch.device) -> int:
     is_first = group is None or dist.get_rank(group) == 0
     ranks = 1 if group is None else dist.get_world_size(group)
+    args.out = choose_folder(args.out, group)
     failure = agree_on(prepare_folder(args, NOT_SETTINGS) if is_first else None, group)
     if failure:
         if is_first:
@@ -168,9 +168,11 @@ def run(args: argparse.Namespace, group: ProcessGroup | None, device: torch.devi
     state = TrainingState(args, device)
     first_step = state.load(args.out) if args.resume else 0
     with Interrupt() as interrupt:
-        losses = train(args, state, first_step, group, device, f"cp {ranks}", recorder, interrupt)
+        losses, stopped = train(
+            args, state, first_step, group, device, f"cp {ranks}", recorder, interrupt
+        )
         state.save(args.out, first_step + len(losses), group)
-    if interrupt.seen:
+    if stopped:
         if is_first:
             print(f"interrupted: saved; go on with --resume {args.out}")
         return INTERRUPTED
@@ -216,12 +218,15 @@ def train(
     name: str,
     recorder: Recorder | None = None,
     interrupt: Interrupt | None = None,
-) -> list[float]:
-    """Train from ``first_step`` on; returns the loss of each step. group None: whole sequences."""
+) -> tuple[list[float], bool]:
+    """Train from ``first_step`` on; returns the loss of each step, and whether any rank was
+    interrupted. group None: whole sequences.
+    """
     is_first = group is None or dist.get_rank(group) == 0
     if recorder is not None:
         recorder.keep_before(first_step)
     losses: list[float] = []
+    stop = False
     batches = prefetch_plans(
         islice(packed_batches(args), first_step, args.steps),
         group=group,
@@ -243,7 +248,7 @@ def train(
         if due and interrupt is not None:
             state.save(args.out, step + 1, group)
     progress.close()
-    return losses
+    return losses, stop
 
 
 def train_step(
@@ -275,8 +280,6 @@ def train_step(
     state.optimizer.step()
     state.optimizer.zero_grad(set_to_none=True)
     total, stop = totals.tolist()
-    if interrupt is not None and stop:
-        interrupt.seen = True
     return total, bool(stop)
 
 
@@ -302,7 +305,8 @@ def reference_losses(
     for number in range(repeats):
         state = TrainingState(args, device)
         name = f"one rank, run {number + 1}"
-        runs.append(train(args, state, 0, None, device, name)[first_step:])
+        losses, _ = train(args, state, 0, None, device, name)
+        runs.append(losses[first_step:])
     return runs
 
 

@@ -4,11 +4,12 @@
     torchrun --nproc-per-node 8 scripts/train_gpt_oss.py --resume runs/2026-01-31_12-00 --cp 4
     python scripts/train_gpt_oss.py --model a_config --data texts                    # one device
 
---model is a folder of Hugging Face: config.json, with *.safetensors for weights to start from, and
-tokenizer.json (without it, tokens are bytes). --data is a folder of text files and *.jsonl files.
-FSDP2 shards parameters over all ranks, a dp × cp mesh. Each cp group takes its part of a step's
-sequences, and all its ranks share each of them; with --dynamic-cp, sequences of short documents
-are parted among smaller groups. The losses are the same whatever the mesh, also after a resume.
+--model is a folder of Hugging Face: config.json, tokenizer.json and *.safetensors. Without weights
+it begins at random ones, and then bytes can be the tokens. --data is a folder of text files and
+*.jsonl files. FSDP2 shards parameters over all ranks, a dp × cp mesh. Each cp group takes its part
+of a step's sequences, and all its ranks share each of them; with --dynamic-cp, sequences of short
+documents are split among smaller groups. The losses are the same whatever the mesh, also after a
+resume.
 
 The folder --out gets metrics.csv (a line per step), checkpoint/ (also after Ctrl-C), settings.json,
 training.png, and with --save-model model/, a folder of Hugging Face again.
@@ -19,11 +20,14 @@ from __future__ import annotations
 import argparse
 import contextlib
 import datetime
+import hashlib
 import json
 import math
 import os
+import shutil
 import sys
 import time
+from collections.abc import Iterator
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -40,6 +44,7 @@ from packed_data import (
     Stream,
     Tokenize,
     make_loader,
+    start,
 )
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import (
@@ -57,6 +62,7 @@ from trainlib import (
     Interrupt,
     Recorder,
     agree_on,
+    choose_folder,
     folder_name,
     load_checkpoint,
     prepare_folder,
@@ -67,8 +73,10 @@ from trainlib import (
 from magi_sink_cp import CPPlan, make_cp_plan
 from magi_sink_cp.integrations import transformers as magi
 
-NOT_SETTINGS = ("resume", "out")
-ANEW = ("steps", "checkpoint_every", "cp", "dynamic_cp", "workers", "save_model")
+NOT_SETTINGS = ("resume", "out", "cp_size", "accept_data")
+MAY_CHANGE = ("data", "steps", "checkpoint_every", "cp", "dynamic_cp", "workers", "save_model")
+# What a model's own forward does to logits, and this script does not.
+REFUSED_HEADS = ("final_logit_softcapping", "logit_scale", "lm_head_multiplier")
 COLUMNS = ("step", "loss", "grad_norm", "tokens_per_s", "mean_cp_size")
 ROWS_OF_LOGITS = 2048  # whose logits are there at a time
 
@@ -106,11 +114,14 @@ def parse_arguments() -> argparse.Namespace:
     """Checked arguments; a wrong one ends the process with exit code 2 and one line."""
     parser = make_parser()
     args = parser.parse_args()
+    args.accept_data = args.data is not None  # at a resume, though it has changed
     if args.resume is not None:
-        args = settings_of(parser, args, NOT_SETTINGS, ANEW)
+        args = settings_of(parser, args, NOT_SETTINGS, MAY_CHANGE)
     world = int(os.environ.get("WORLD_SIZE", 1))
-    args.cp = world if args.cp is None else args.cp
+    args.cp_size = world if args.cp is None else args.cp
     for name in ("seq_len", "sequences", "steps", "cp"):
+        if name == "cp" and args.cp is None:
+            continue
         if getattr(args, name) < 1:
             option = f"--{name.replace('_', '-')}"
             parser.error(f"{option} must be at least 1, got {getattr(args, name)}")
@@ -123,29 +134,43 @@ def parse_arguments() -> argparse.Namespace:
             parser.error(f"--{name} must be a finite number > 0, got {getattr(args, name)}")
     if not 0 <= args.seed < 2**63:
         parser.error(f"--seed must be from 0 to 2^63 - 1, got {args.seed}")
-    if world % args.cp:
-        parser.error(f"--cp must divide the number of ranks, {world}, got {args.cp}")
-    if args.sequences % (world // args.cp):
+    if world % args.cp_size:
+        parser.error(f"--cp must divide the number of ranks, {world}, got {args.cp_size}")
+    dp_size = world // args.cp_size
+    if args.sequences % dp_size:
         parser.error(
-            f"--sequences must be a multiple of the {world // args.cp} cp groups ({world} ranks, "
-            f"--cp {args.cp}), got {args.sequences}"
+            f"--sequences must be a multiple of the {dp_size} cp groups ({world} ranks, --cp "
+            f"{args.cp_size}), got {args.sequences}"
         )
     for option in ("model", "data"):
-        if getattr(args, option) is None:
+        if not getattr(args, option):
             parser.error(f"--{option} must name a folder")
-    try:
-        config = json.loads((Path(args.model) / "config.json").read_text())
-        packed = config.get("quantization_config", {}).get("quant_method", "mxfp4")
-    except (OSError, ValueError, AttributeError) as error:
-        parser.error(f"--model {args.model} must hold a config.json of transformers: {error}")
-    if packed != "mxfp4":
-        parser.error(
-            f"--model {args.model} is quantized as {packed!r}: only weights that are not, or in "
-            "mxfp4, can be trained"
-        )
-    if args.out is None:
-        args.out = Path("runs") / datetime.datetime.now().strftime("%Y-%m-%d_%H-%M-%S")
+    if failure := what_is_wrong_with(Path(args.model)):
+        parser.error(f"--model {args.model} {failure}")
+    args.model, args.data = os.path.abspath(args.model), os.path.abspath(args.data)
     return args
+
+
+def what_is_wrong_with(folder: Path) -> str | None:
+    """Why the files of a model cannot be trained, or None."""
+    try:
+        config = json.loads((folder / "config.json").read_text())
+        quantized = config.get("quantization_config", {}).get("quant_method", "mxfp4")
+    except (OSError, ValueError, AttributeError) as error:
+        return f"must hold a config.json of transformers: {error}"
+    if quantized != "mxfp4":
+        return (
+            f"is quantized as {quantized!r}: only weights that are not, or in mxfp4, can be trained"
+        )
+    if refused := [name for name in REFUSED_HEADS if config.get(name) is not None]:
+        return f"has {refused[0]} in its config, which this script does not honour"
+    has_weights = any(folder.glob("*.safetensors"))
+    if not has_weights and any(folder.glob("pytorch_model*.bin")):
+        return "has weights as *.bin: save them as *.safetensors"
+    others = [*folder.glob("tokenizer.model"), *folder.glob("vocab.json")]
+    if not (folder / "tokenizer.json").is_file() and (has_weights or others):
+        return "must hold tokenizer.json: only a model without weights can be trained on bytes"
+    return None
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -159,7 +184,7 @@ def make_parser() -> argparse.ArgumentParser:
     add("--sequences", type=int, default=4, help="sequences of a step, over all ranks")
     add("--steps", type=int, default=100, help="optimizer steps in all")
     add("--cp", type=int, help="ranks that share a sequence; None: all")
-    text = "part sequences of short documents among smaller groups of ranks"
+    text = "split sequences of short documents among smaller groups of ranks"
     add("--dynamic-cp", action=argparse.BooleanOptionalAction, default=False, help=text)
     add("--lr", type=float, default=1e-5, help="learning rate after the warm-up")
     add("--warmup", type=int, default=10, help="steps of warm-up")
@@ -171,8 +196,9 @@ def make_parser() -> argparse.ArgumentParser:
     add("--checkpoint-every", type=int, default=0, help=text)
     text = "write model/ in the end"
     add("--save-model", action=argparse.BooleanOptionalAction, default=False, help=text)
-    text = f"folder of an earlier run: go on with its settings ({', '.join(ANEW)} anew)"
+    text = f"folder of an earlier run: go on with its settings, but for {', '.join(MAY_CHANGE)}"
     add("--resume", type=folder_name, help=text.replace("_", "-"))
+    parser.set_defaults(fingerprint=None)  # of the documents; settings.json keeps it
     return parser
 
 
@@ -181,6 +207,7 @@ def make_parser() -> argparse.ArgumentParser:
 
 def run(args: argparse.Namespace, device: torch.device) -> int:
     is_first = dist.get_rank() == 0
+    args.out = choose_folder(args.out, dist.group.WORLD)
     failure: str | None = None
     try:
         documents = Documents(args.data, args.text_key)
@@ -189,6 +216,7 @@ def run(args: argparse.Namespace, device: torch.device) -> int:
                 f"--data {args.data} must hold a document for each of the {args.sequences} "
                 f"sequences of a step, got {len(documents)}"
             )
+        failure = failure or compare_data(args, documents)
     except (OSError, ValueError) as error:
         failure = f"--data: {error}"
     if failure is None and is_first:
@@ -198,8 +226,8 @@ def run(args: argparse.Namespace, device: torch.device) -> int:
         if is_first:
             print(f"train_gpt_oss.py: error: {failure}", file=sys.stderr)
         return 2
-    meshes = make_meshes(args.cp, device)
-    model, config = make_model(args, meshes[args.cp], device)
+    meshes = make_meshes(args.cp_size, device)
+    model, config = make_model(args, meshes[args.cp_size], device)
     optimizer = torch.optim.AdamW(
         model.parameters(), lr=args.lr, betas=(0.9, 0.95), weight_decay=0.1,
         fused=device.type == "cuda",
@@ -215,18 +243,34 @@ def run(args: argparse.Namespace, device: torch.device) -> int:
         places = [Place(*numbers) for numbers in others["places"].tolist()]
     job = Job(args, config, documents, meshes, model, optimizer, places, device)
     with Interrupt() as interrupt:
-        done = job.train(first_step, interrupt)
+        done, stopped, failure = job.train(first_step, interrupt)
     if is_first:
         plot(args.out)
-    if interrupt.seen:
-        if is_first:
-            print(f"interrupted: saved; go on with --resume {args.out}")
-        return INTERRUPTED
+        for line in [failure] * (failure is not None):
+            print(f"train_gpt_oss.py: error: {line}", file=sys.stderr)
+        if stopped:
+            print(f"stopped: saved; go on with --resume {args.out}")
+    if stopped:
+        return INTERRUPTED if failure is None else 1
     if args.save_model:
         save_model(args, model)
     if is_first:
         print(f"{done} steps are done; see {args.out}")
     return 0
+
+
+def compare_data(args: argparse.Namespace, documents: Documents) -> str | None:
+    """Why the documents or their tokens are others than before --resume, or None."""
+    tokenizer = Path(args.model) / "tokenizer.json"
+    content = tokenizer.read_bytes() if tokenizer.is_file() else b""
+    found = f"{documents.fingerprint()} {hashlib.sha256(content).hexdigest()[:16]}"
+    if args.resume and args.fingerprint != found and not args.accept_data:
+        return (
+            f"--resume {args.resume}: the files of {args.data}, or tokenizer.json, have changed, "
+            "so documents may come twice or never; give --data again to go on with what is there"
+        )
+    args.fingerprint = found
+    return None
 
 
 def make_meshes(cp: int, device: torch.device) -> dict[int, DeviceMesh]:
@@ -255,7 +299,7 @@ class Job:
     ) -> None:
         self._args, self._device, self._meshes = args, device, meshes
         self._model, self._optimizer, self._places = model, optimizer, places
-        mesh = meshes[args.cp]
+        mesh = meshes[args.cp_size]
         dp, dp_rank = mesh["dp"].size(), mesh.get_local_rank("dp")
         own = range(dp_rank, args.sequences, dp)
         tokenize = make_tokenize(args.model, config)
@@ -264,7 +308,7 @@ class Job:
             [Stream(documents, tokenize, n, args.sequences, args.seed, places[n]) for n in own],
             own,
             args.seq_len,
-            args.cp,
+            args.cp_size,
             mesh.get_local_rank("cp"),
             [(-1, 0), *([(window - 1, 0)] if window else [])],
             pairs_per_token(model, config) if args.dynamic_cp else None,
@@ -272,41 +316,61 @@ class Job:
         self._sequences_of_step = len(own)
         self._loader = make_loader(sequences, len(own), args.workers, device.type == "cuda")
 
-    def train(self, first_step: int, interrupt: Interrupt) -> int:
-        """Train from ``first_step`` to --steps, or until interrupted; returns the next step."""
+    def train(self, first_step: int, interrupt: Interrupt) -> tuple[int, bool, str | None]:
+        """Train from ``first_step`` to --steps; returns the next step, whether to stop before the
+        end, and why if it is no signal. What is returned is the same on every rank.
+        """
         args, is_first = self._args, dist.get_rank() == 0
         recorder = Recorder(args.out, COLUMNS) if is_first else None
         if recorder is not None:
             recorder.keep_before(first_step)
-        step, sequences = first_step, iter(self._loader)
+        step, sequences = first_step, start(self._loader)
+        stop, failure = False, None
         progress = tqdm(total=args.steps, initial=first_step, unit="step", disable=not is_first)
-        while step < args.steps and not interrupt.seen:
-            start = time.perf_counter()
-            batch = list(islice(sequences, self._sequences_of_step))
-            loss, norm, cp_size, stop = self._step(step, batch, interrupt)
+        while step < args.steps and not stop:
+            begin = time.perf_counter()
+            batch, num_labels, failure = self._next_batch(sequences)
+            if failure is not None:
+                stop = True
+                break
+            loss, norm, cp_size, stop = self._step(step, batch, num_labels, interrupt)
             step += 1
-            rate = args.sequences * args.seq_len / (time.perf_counter() - start)
+            rate = args.sequences * args.seq_len / (time.perf_counter() - begin)
             progress.set_postfix_str(f"loss {loss:.4f}, {rate:,.0f} tokens/s", refresh=False)
             progress.update()
             if recorder is not None:
                 recorder.write(step - 1, loss, norm, rate, cp_size)
-            interrupt.seen = stop  # on any rank
-            if args.checkpoint_every and step % args.checkpoint_every == 0:
+            if args.checkpoint_every and step % args.checkpoint_every == 0 and not stop:
                 self._save(step)
         progress.close()
         self._save(step)
-        return step
+        return step, stop, failure
+
+    def _next_batch(
+        self, sequences: Iterator[PackedSequence]
+    ) -> tuple[list[PackedSequence], int, str | None]:
+        """This rank's sequences of a step, the labels of all ranks', and why a rank has none."""
+        batch: list[PackedSequence] = []
+        failure = None
+        try:
+            batch = list(islice(sequences, self._sequences_of_step))
+        except Exception as error:  # the other ranks must hear of it
+            failure = str(error).strip().splitlines()[-1]  # behind a worker's traceback
+        counts = [sum(sequence.num_labels for sequence in batch), failure is not None]
+        totals = torch.tensor(counts, device=self._device)
+        dist.all_reduce(totals)
+        num_labels, failed = totals.tolist()
+        if failed:
+            return [], 0, agree_on(failure, dist.group.WORLD)
+        return batch, num_labels // self._args.cp_size, None  # a cp group's ranks all count them
 
     def _step(
-        self, step: int, batch: list[PackedSequence], interrupt: Interrupt
+        self, step: int, batch: list[PackedSequence], num_labels: int, interrupt: Interrupt
     ) -> tuple[float, float, float, bool]:
         """One optimizer step: (loss, norm of the gradient, mean cp size, whether to stop)."""
         args, device, world = self._args, self._device, dist.get_world_size()
         for sequence in batch:
             self._places[sequence.stream] = sequence.place
-        labels = torch.tensor(sum(sequence.num_labels for sequence in batch), device=device)
-        dist.all_reduce(labels)
-        labels = (labels / args.cp).clamp(min=1)  # all ranks of a cp group counted them
         total = torch.zeros((), device=device)
         for sequence in batch:
             cp_size = sequence.blueprint.cp_size
@@ -314,7 +378,7 @@ class Job:
             tokens = plan.shard(sequence.tokens.to(device, non_blocking=True))
             targets = plan.shard(sequence.labels.to(device, non_blocking=True), fill=IGNORED)
             loss, balance = self._model(tokens, targets, plan)
-            loss = loss / labels
+            loss = loss / max(1, num_labels)
             # FSDP takes the mean of the gradients over all ranks.
             share = plan.total_tokens / (args.sequences * args.seq_len)
             (world * loss + world / cp_size * share * balance).backward()
@@ -335,7 +399,7 @@ class Job:
     def _save(self, next_step: int) -> None:
         """Write checkpoint/, with the places of all streams."""
         places = torch.zeros(len(self._places), len(Place()), dtype=torch.long, device=self._device)
-        mesh = self._meshes[self._args.cp]
+        mesh = self._meshes[self._args.cp_size]
         for n in range(mesh.get_local_rank("dp"), len(self._places), mesh["dp"].size()):
             places[n] = torch.tensor(self._places[n])
         dist.all_reduce(places, group=mesh["dp"].get_group())
@@ -376,12 +440,13 @@ class TokenLoss(nn.Module):
         balance = loss.new_zeros(())
         if has_routers:
             balance = config.router_aux_loss_coef * magi.cp_load_balancing_loss(
-                outputs.router_logits, config.num_local_experts, config.num_experts_per_tok, plan
+                outputs.router_logits, num_experts(config), config.num_experts_per_tok, plan
             )
         return loss, balance
 
     def _loss_of_rows(self, hidden: Tensor, labels: Tensor) -> Tensor:
         logits = self.model.get_output_embeddings()(hidden).float()
+        logits = logits / getattr(self.model.config, "logits_scaling", 1.0)  # Granite's
         return F.cross_entropy(logits, labels, ignore_index=IGNORED, reduction="sum")
 
 
@@ -409,7 +474,10 @@ def make_model(
         if any(Path(args.model).glob("*.safetensors")):
             source = AutoModelForCausalLM.from_pretrained(args.model, **options, **unpack)
         else:
+            print(f"{args.model} holds no weights: they begin at random ones")
             source = AutoModelForCausalLM.from_config(config, **options)
+        if not (Path(args.model) / "tokenizer.json").is_file():
+            print(f"{args.model} holds no tokenizer.json: the tokens are bytes")
     with torch.device("meta"):
         whole = AutoModelForCausalLM.from_config(config, **options)
     whole.gradient_checkpointing_enable({"use_reentrant": False})
@@ -438,9 +506,8 @@ def make_model(
 def pairs_per_token(model: TokenLoss, config: Any) -> float:
     """How many (query, key) pairs cost as much as all that is not attention costs one token."""
     text = config.get_text_config()
-    experts = getattr(text, "num_local_experts", 1)
     active = sum(
-        p.numel() * (text.num_experts_per_tok / experts if ".experts." in name else 1)
+        p.numel() * (text.num_experts_per_tok / num_experts(text) if ".experts." in name else 1)
         for name, p in model.named_parameters()
         if "embed_tokens" not in name
     )
@@ -450,30 +517,47 @@ def pairs_per_token(model: TokenLoss, config: Any) -> float:
     return 2 * active / max(1, 4 * text.num_attention_heads * head_dim * full)
 
 
+def num_experts(text_config: Any) -> int:
+    """By the name that a model's config has for it."""
+    names = ("num_local_experts", "num_experts", "n_routed_experts")
+    return next(getattr(text_config, name) for name in names if hasattr(text_config, name))
+
+
 def make_tokenize(folder: str, config: Any) -> Tokenize:
     """Text → tokens, the end of a document too; bytes if the folder has no tokenizer."""
     end = config.eos_token_id
     end = end[0] if isinstance(end, list) else end
     path = Path(folder) / "tokenizer.json"
-    return Tokenizer(str(path) if path.is_file() else None, [] if end is None else [end])
+    size = config.get_text_config().vocab_size
+    return Tokenizer(str(path) if path.is_file() else None, [] if end is None else [end], size)
 
 
 class Tokenizer:
     """A tokenizer that each worker reads for itself."""
 
-    def __init__(self, path: str | None, end: list[int]) -> None:
-        self._path, self._end = path, end
+    def __init__(self, path: str | None, end: list[int], vocab_size: int) -> None:
+        self._path, self._end, self._vocab_size = path, end, vocab_size
         self._read: Any = None
 
     def __call__(self, text: str) -> list[int]:
-        """The tokens of a document."""
-        if self._path is None:
-            return [*text.encode(), *self._end]
-        if self._read is None:
-            from tokenizers import Tokenizer as Read
+        """The tokens of a document.
 
-            self._read = Read.from_file(self._path)
-        return [*self._read.encode(text, add_special_tokens=False).ids, *self._end]
+        Raises:
+            ValueError: a token is beyond the model's vocabulary.
+        """
+        if self._path is None:
+            tokens = [*text.encode(), *self._end]
+        else:
+            if self._read is None:
+                from tokenizers import Tokenizer as Read
+
+                self._read = Read.from_file(self._path)
+            tokens = [*self._read.encode(text, add_special_tokens=False).ids, *self._end]
+        if tokens and max(tokens) >= self._vocab_size:
+            raise ValueError(
+                f"token {max(tokens)} is beyond the model's vocab_size of {self._vocab_size}"
+            )
+        return tokens
 
 
 def save_model(args: argparse.Namespace, model: TokenLoss) -> None:
@@ -482,7 +566,11 @@ def save_model(args: argparse.Namespace, model: TokenLoss) -> None:
     weights: dict[str, Any] = get_model_state_dict(model, options=options)
     if dist.get_rank() == 0:
         state = {name.removeprefix("model."): x.bfloat16() for name, x in weights.items()}
+        model.model.config.dtype = torch.bfloat16
         model.model.save_pretrained(args.out / "model", state_dict=state)
+        for pattern in ("tokenizer*", "special_tokens_map.json", "chat_template*"):
+            for file in Path(args.model).glob(pattern):
+                shutil.copy(file, args.out / "model")
     dist.barrier()
 
 

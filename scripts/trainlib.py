@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import csv
+import datetime
 import json
 import shutil
 import signal
@@ -38,9 +39,9 @@ def settings_of(
     parser: argparse.ArgumentParser,
     args: argparse.Namespace,
     not_settings: Sequence[str],
-    anew: Sequence[str],
+    may_change: Sequence[str],
 ) -> argparse.Namespace:
-    """The arguments of the run that --resume names, with those of ``anew`` as they are given now.
+    """The arguments of the run that --resume names; of ``may_change``, those that are given now.
 
     Args:
         not_settings: arguments that settings.json does not keep.
@@ -58,7 +59,7 @@ def settings_of(
     for name, value in vars(parser.parse_args(namespace=blank)).items():
         if value is _NOT_GIVEN or (name in not_settings and name != "out"):
             continue
-        if name in anew:
+        if name in may_change:
             settings[name] = value
         elif value != (has := args.resume if name == "out" else settings[name]):
             option = f"--{name.replace('_', '-')}"
@@ -68,6 +69,15 @@ def settings_of(
             )
     kept = {name: getattr(args, name) for name in not_settings if hasattr(args, name)}
     return argparse.Namespace(**{**settings, **kept, "out": args.resume})
+
+
+def choose_folder(given: Path | None, group: ProcessGroup | None) -> Path:
+    """The folder of a run: runs/<time> of the first rank's clock where none is given."""
+    now = datetime.datetime.now().strftime("%Y-%m-%d_%H-%M-%S")
+    chosen = [Path("runs") / now if given is None else given]
+    if group is not None:
+        dist.broadcast_object_list(chosen, src=0, group=group)
+    return chosen[0]
 
 
 def prepare_folder(args: argparse.Namespace, not_settings: Sequence[str]) -> str | None:
@@ -147,10 +157,15 @@ def save_checkpoint(
 ) -> None:
     """Write folder/checkpoint; the old one is kept until the new one is whole."""
     new, old = folder / "checkpoint.new", folder / "checkpoint"
+    is_first = group is None or dist.get_rank(group) == 0
+    if is_first:  # of a save that was cut short
+        shutil.rmtree(new, ignore_errors=True)
+    if group is not None:
+        dist.barrier(group)
     weights, moments = get_state_dict(model, optimizer)
     state = {"model": weights, "optimizer": moments, **others}
     dcp.save(state, checkpoint_id=new, process_group=group, no_dist=group is None)
-    if group is None or dist.get_rank(group) == 0:
+    if is_first:
         shutil.rmtree(old, ignore_errors=True)
         new.rename(old)
     if group is not None:

@@ -8,10 +8,12 @@ import itertools
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
 import time
+import unittest.mock
 from pathlib import Path
 
 import pytest
@@ -19,7 +21,13 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-transformers = pytest.importorskip("transformers")
+pytest.importorskip("transformers")
+
+import transformers
+
+from magi_sink_cp import make_cp_plan
+from tests.integrations.transformers_models import available, error, gradients, make_model
+
 ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT / "scripts"))
 packed_data = importlib.import_module("packed_data")
@@ -114,7 +122,7 @@ def test_the_order_is_that_of_one_process(folders):
     st.floats(0, 1e5),
 )
 def test_groups_hold_each_document_once_and_are_even(lengths, cp_size, pairs_per_token):
-    groups = packed_data.deal(lengths, cp_size, pairs_per_token)
+    groups = packed_data.assign(lengths, cp_size, pairs_per_token)
     assert sorted(itertools.chain(*groups)) == list(range(len(lengths)))
     assert cp_size % len(groups) == 0
     for weigh in (lambda n: n, lambda n: n * (pairs_per_token + n / 2)):
@@ -123,13 +131,13 @@ def test_groups_hold_each_document_once_and_are_even(lengths, cp_size, pairs_per
 
 
 def test_long_documents_get_more_ranks_than_short_ones():
-    assert len(packed_data.deal([8000], 4, 1e4)) == 1
-    assert len(packed_data.deal([4000, 4000], 4, 1e4)) == 2
-    assert len(packed_data.deal([100] * 80, 4, 1e4)) == 4
+    assert len(packed_data.assign([8000], 4, 1e4)) == 1
+    assert len(packed_data.assign([4000, 4000], 4, 1e4)) == 2
+    assert len(packed_data.assign([100] * 80, 4, 1e4)) == 4
     # As many tokens, and four times the pairs: even where attention costs little.
     lengths = [4000, *[1000] * 4]
-    assert len(packed_data.deal(lengths, 2, 1e5)) == 2
-    assert len(packed_data.deal(lengths, 2, 100)) == 1
+    assert len(packed_data.assign(lengths, 2, 1e5)) == 2
+    assert len(packed_data.assign(lengths, 2, 100)) == 1
 
 
 @pytest.mark.parametrize(
@@ -152,9 +160,59 @@ def test_documents_without_a_token_to_predict(tmp_path):
     for n in range(3):
         (tmp_path / f"{n}.txt").write_text("x")
     documents = packed_data.Documents(str(tmp_path))
-    stream = packed_data.Stream(documents, lambda text: [1], 0, 1, 0, packed_data.Place())
-    with pytest.raises(ValueError, match="each has less than two"):
-        stream.sequence(4)
+
+    def stream(tokens: list[int], place=packed_data.Place()):  # noqa: B008
+        return packed_data.Stream(documents, lambda text: tokens, 0, 1, 0, place)
+
+    with pytest.raises(ValueError, match="3 documents of stream 0 of 1 hold no token to predict"):
+        stream([1]).sequence(4)
+    with pytest.raises(ValueError, match=r"token=5\) is behind the document's 3 tokens"):
+        stream([1, 2, 3], packed_data.Place(0, 1, 5)).sequence(4)
+
+
+def test_files_that_hold_no_text(tmp_path):
+    (tmp_path / ".git").mkdir()
+    (tmp_path / ".git" / "HEAD").write_text("not a document")
+    (tmp_path / "a.txt").write_text("a document")
+    documents = packed_data.Documents(str(tmp_path))
+    assert len(documents) == 1
+    before = documents.fingerprint()
+    (tmp_path / "a.txt").write_text("another document")
+    assert packed_data.Documents(str(tmp_path)).fingerprint() != before
+    (tmp_path / "b.jsonl.gz").touch()
+    with pytest.raises(ValueError, match=r"b.jsonl.gz is no text"):
+        packed_data.Documents(str(tmp_path))
+
+
+# --- The loss -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", available())
+def test_the_loss_is_transformers_own(name, tmp_path):
+    """TokenLoss computes the logits of some rows at a time; also where a model scales them."""
+    job = importlib.import_module("train_gpt_oss")
+    more = {"logits_scaling": 8.0} if "granite" in name else {}
+    if name in ("gpt_oss", "granitemoe_swa", "flint"):
+        more["output_router_logits"] = True
+    model = make_model(name, **more)
+    ids = torch.randint(1, 97, (1, 60), generator=torch.Generator().manual_seed(0))
+    positions = torch.arange(60)[None] % 25
+    labels = ids.roll(-1).masked_fill(positions.roll(-1) == 0, packed_data.IGNORED)
+    outputs = model(
+        input_ids=ids, position_ids=positions, labels=ids, shift_labels=labels, use_cache=False
+    )
+    outputs.loss.backward()
+    expected = gradients(model)
+    model.zero_grad()
+    plan = make_cp_plan(60, cu_seqlens=[0, 25, 50, 60])
+    with unittest.mock.patch.object(job, "ROWS_OF_LOGITS", 16):
+        loss, balance = job.TokenLoss(model)(ids[0], labels[0], plan)
+    total = loss / (labels != packed_data.IGNORED).sum() + balance
+    total.backward()
+    assert error(total, outputs.loss) < 1e-5
+    for key, grad in gradients(model).items():
+        assert error(grad, expected[key]) < 1e-5, key
+    assert job.pairs_per_token(job.TokenLoss(model), model.config) > 0
 
 
 # --- The job ------------------------------------------------------------------------------------
@@ -162,7 +220,7 @@ def test_documents_without_a_token_to_predict(tmp_path):
 
 def command(ranks: int, *arguments: str) -> list[str]:
     launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
-    script = ["scripts/train_gpt_oss.py", *arguments]
+    script = [str(ROOT / "scripts" / "train_gpt_oss.py"), *arguments]
     return [sys.executable, *(launcher if ranks > 1 else []), *script]
 
 
@@ -220,12 +278,15 @@ WRONG = {
     "--seq-len 0": "--seq-len must be at least 1",
     "--lr nan": "--lr must be a finite number > 0, got nan",
     "--workers -1": "--workers must be at least 0",
+    "--model BINARY": r"has weights as \*.bin",
+    "--model SCALED": "has logit_scale in its config",
+    "--model WEIGHTS": "must hold tokenizer.json",
     "--cp 3": "--cp must divide the number of ranks, 2, got 3",
     "--cp 1 --sequences 3": "must be a multiple of the 2 cp groups",
     "--model nowhere": "--model nowhere must hold a config.json",
     "--model GPTQ": "is quantized as 'gptq'",
     "--resume nowhere": "--resume nowhere holds no settings.json",
-    "--data nowhere": "--data: nowhere does not exist",
+    "--data nowhere": "--data: .*nowhere does not exist",
     "--data ONE": "must hold a document for each of the 4 sequences of a step, got 1",
 }
 
@@ -234,10 +295,16 @@ WRONG = {
 def test_what_the_job_refuses_before_it_trains(tmp_path, wrong, folders, monkeypatch, capsys):
     job = importlib.import_module("train_gpt_oss")
     (tmp_path / "ONE").write_text("one document")
-    (tmp_path / "GPTQ").mkdir()
-    (tmp_path / "GPTQ" / "config.json").write_text(
-        '{"quantization_config": {"quant_method": "gptq"}}'
-    )
+    for name, config in {
+        "GPTQ": {"quantization_config": {"quant_method": "gptq"}},
+        "SCALED": {"logit_scale": 0.1},
+        "BINARY": {},
+        "WEIGHTS": {},
+    }.items():
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "config.json").write_text(json.dumps(config))
+    (tmp_path / "BINARY" / "pytorch_model.bin").touch()
+    (tmp_path / "WEIGHTS" / "model.safetensors").touch()
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(job, "make_model", None)  # nothing may be computed
     if "--cp" in wrong:
@@ -252,3 +319,36 @@ def test_what_the_job_refuses_before_it_trains(tmp_path, wrong, folders, monkeyp
     message = capsys.readouterr().err
     assert re.search(WRONG[wrong], message), message
     assert "Traceback" not in message
+
+
+def test_a_signal_to_all_processes_and_a_line_that_cannot_be_read(folders, tmp_path):
+    """SIGTERM, as a scheduler sends it, also to the loader's workers: it saves. Changed data is
+    noticed. A bad line ends the run with one line, and saves.
+    """
+    data = tmp_path / "data"
+    shutil.copytree(folders / "data", data)
+    options = ["--model", str(folders / "model"), "--data", str(data), "--seq-len", "64"]
+    options += ["--sequences", "1", "--steps", "100000", "--workers", "1"]
+    process = subprocess.Popen(
+        command(1, *options), cwd=tmp_path, start_new_session=True, text=True,
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=os.environ | {"PYTHONPATH": str(ROOT)},
+    )  # fmt: skip
+    while (
+        not (found := [*tmp_path.glob("runs/*/metrics.csv")])
+        or len(column(found[0].parent, "loss")) < 2
+    ):
+        assert process.poll() is None, process.communicate()[1][-3000:]
+        time.sleep(0.05)
+    os.killpg(process.pid, signal.SIGTERM)
+    out, errors = process.communicate(timeout=120)
+    assert process.returncode == 130, errors[-3000:]
+    assert "stopped: saved; go on with --resume runs/" in out
+    resume = command(1, "--resume", str(found[0].parent), "--steps", "100000")
+    (data / "many.jsonl").write_text("{}\n" * 3)
+    changed = subprocess.run(resume, cwd=ROOT, capture_output=True, text=True)
+    assert changed.returncode == 2
+    assert "have changed" in changed.stderr
+    bad = subprocess.run([*resume, "--data", str(data)], cwd=ROOT, capture_output=True, text=True)
+    assert bad.returncode == 1
+    assert re.search(r"error: ValueError: .*many.jsonl, document at byte .*KeyError", bad.stderr)
+    assert (found[0].parent / "checkpoint" / ".metadata").exists()
