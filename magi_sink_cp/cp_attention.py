@@ -41,7 +41,8 @@ def cp_attention_with_sink(
     Args:
         q: (plan.local_tokens, h, d), or (b, plan.local_tokens, h, d): b samples, each of them a
             sequence as the plan says. fp16, bf16, fp32 or fp64, as the backend takes.
-        k, v: (plan.local_tokens, h_kv, d), or with b as q; h_kv divides h.
+        k, v: (plan.local_tokens, h_kv, d), or with b as q; h_kv divides h. v may have a head_dim of
+            its own: zeros are added to the smaller one, so it costs what the larger one costs.
         sink: "sh": (s_sink, h) or (h,), the same on every rank. "ssh": (plan.local_tokens, s_sink,
             h), or with b, sharded like q. None is plain attention. A DTensor may be sharded by its
             heads over tensor-parallel ranks, as q's heads are.
@@ -65,8 +66,8 @@ def cp_attention_with_sink(
             attention_with_sink.
 
     Returns:
-        out (plan.local_tokens, h, d), or (out, lse) with lse (h, plan.local_tokens); with b as q,
-        (b, plan.local_tokens, h, d) and (b, h, plan.local_tokens). Both are 0 on padding.
+        out (plan.local_tokens, h, d of v), or (out, lse) with lse (h, plan.local_tokens); with b as
+        q, (b, plan.local_tokens, h, d of v) and (b, h, plan.local_tokens). Both are 0 on padding.
 
     Raises:
         TypeError, ValueError: an argument is invalid on some rank, or the ranks differ in their
@@ -86,9 +87,30 @@ def cp_attention_with_sink(
         sink = own_heads(sink, q)
         if sink_layout == "sh" and sink.dim() == 1:
             sink = sink.unsqueeze(0)
+    head_dim_v = _own_head_dim(q, k, v)
+    if head_dim_v is not None:
+        if softmax_scale is None:
+            softmax_scale = q.shape[-1] ** -0.5
+        q, k, v = _padded_to_one_head_dim(q, k, v)
     options = (
         sink_layout, softmax_scale, causal, window_size, softcap, deterministic, dsink_reduce,
-        overlap_degree, grad_reduce_dtype, checks, backend,
+        overlap_degree, grad_reduce_dtype, checks, backend, head_dim_v,
     )  # fmt: skip
     out, lse = cp_attention(q, k, v, sink, plan, return_lse, checks == "always", options)
+    if head_dim_v is not None:
+        out = out[..., :head_dim_v]
     return (out, lse) if return_lse else out
+
+
+def _own_head_dim(q: Tensor, k: Tensor, v: Tensor) -> int | None:
+    """The head_dim of v where it alone differs from k's and q's. Other shapes are refused later."""
+    if not all(isinstance(x, Tensor) and x.dim() >= 3 for x in (q, k, v)):
+        return None
+    is_own = k.shape[:-1] == v.shape[:-1] and q.shape[-1] == k.shape[-1] != v.shape[-1] > 0
+    return v.shape[-1] if is_own else None
+
+
+def _padded_to_one_head_dim(*tensors: Tensor) -> tuple[Tensor, ...]:
+    """With zeros behind: they change no score, and the columns of out that they add are 0."""
+    width = max(x.shape[-1] for x in tensors)
+    return tuple(torch.nn.functional.pad(x, (0, width - x.shape[-1])) for x in tensors)

@@ -53,6 +53,7 @@ def make_call_options(
     grad_reduce_dtype: torch.dtype | None,
     checks: str,
     backend: str,
+    head_dim_v: int | None,
 ) -> CallOptions:
     """The checked :class:`CallOptions`; what depends on tensors is checked by :func:`resolve`.
 
@@ -61,7 +62,7 @@ def make_call_options(
     """
     arguments = (
         plan.has_slices, sink_layout, softmax_scale, causal, *window_limits(window_size), softcap,
-        deterministic, dsink_reduce, overlap_degree, grad_reduce_dtype, checks, backend,
+        deterministic, dsink_reduce, overlap_degree, grad_reduce_dtype, checks, backend, head_dim_v,
     )  # fmt: skip
     if torch.compiler.is_compiling():
         return _check_options(*arguments)
@@ -85,6 +86,7 @@ def _check_options(
     grad_reduce_dtype: torch.dtype | None,
     checks: str,
     backend: str,
+    head_dim_v: int | None,
 ) -> CallOptions:
     check_backend_name(backend)
     if has_slices and (causal is not None or (left, right) != FULL):
@@ -127,6 +129,7 @@ def _check_options(
         grad_reduce_dtype=grad_reduce_dtype,
         always_compare=checks == "always",
         backend=backend,
+        head_dim_v=head_dim_v,
     )
 
 
@@ -203,6 +206,7 @@ def _check_call(
     # Token counts are the plan's, which its ranks have compared already.
     record: dict[str, object] = {
         "batch, heads, heads_kv, head_dim": [batch_size, q.shape[-2], k.shape[-2], q.shape[-1]],
+        "head_dim of v": options.head_dim_v,
         "dtype": str(q.dtype),
         "device type": q.device.type,
         "sink (s_sink, dtype)": None if sink is None else [sink.shape[-2], str(sink.dtype)],
@@ -243,7 +247,7 @@ def check_tensors(
         )  # fmt: skip
     if v.shape != k.shape:
         raise ValueError(
-            "k and v must have the same shape (a head_dim of its own for v works on one device), "
+            "k and v must have the same shape, but for a head_dim of its own of v, "
             f"got {tuple(k.shape)} and {tuple(v.shape)}"
         )
     for name, x in (("q", q), ("k", k)):

@@ -992,3 +992,47 @@ def body_which_kernels(group, device) -> None:
         cp_attention_with_sink(
             *(plan.shard(x) for x in (case.q, case.k, case.v)), case.sink, plan=plan
         )
+
+
+@pytest.mark.parametrize("num_ranks", [1, 2, 3])
+def test_a_head_dim_of_its_own_for_v(num_ranks):
+    run_on_ranks(num_ranks, body_head_dim_of_v)
+
+
+def body_head_dim_of_v(group, device) -> None:
+    """Smaller and larger than q's, in a batch too; ranks that differ are told."""
+    total, offsets = 53, [0, 20, 53]
+    plan = make_cp_plan(total, group=group, cu_seqlens=offsets)
+    generator = torch.Generator().manual_seed(0)
+    for head_dim_v in (8, 40):
+        q, k, v = (
+            torch.randn(total, heads, d, generator=generator).requires_grad_()
+            for heads, d in ((4, 24), (2, 24), (2, head_dim_v))
+        )
+        sink = torch.randn(2, 4, generator=generator, requires_grad=True)
+        cu_seqlens = torch.tensor(offsets, dtype=torch.int32)
+        truth, true_lse = attention_with_sink(
+            q, k, v, sink, causal=True, window_size=(9, 0), return_lse=True,
+            cu_seqlens_q=cu_seqlens, cu_seqlens_k=cu_seqlens,
+        )  # fmt: skip
+        (truth.square().sum() + true_lse.sum()).backward()
+        local = [plan.shard(x.detach()).requires_grad_() for x in (q, k, v)]
+        own_sink = sink.detach().clone().requires_grad_()
+        out, lse = cp_attention_with_sink(
+            *local, own_sink, plan=plan, window_size=(9, 0), return_lse=True, dsink_reduce="sum"
+        )
+        assert out.shape[-1] == head_dim_v
+        (out.square().sum() + lse.sum()).backward()
+        pairs = [(plan.unshard(out), truth), (own_sink.grad, sink.grad)]
+        pairs += [(plan.unshard(x.grad), y.grad) for x, y in zip(local, (q, k, v), strict=True)]
+        for ours, true in pairs:
+            torch.testing.assert_close(ours, true, rtol=1e-5, atol=1e-5)
+        samples = [x.detach()[None] for x in local]
+        whole = cp_attention_with_sink(*samples, plan=plan, window_size=(9, 0))
+        one = cp_attention_with_sink(*(x[0] for x in samples), plan=plan, window_size=(9, 0))
+        assert torch.equal(whole[0], one)
+    if plan.cp_size > 1:
+        mine = 8 if dist.get_rank(group) == 0 else 16
+        v = torch.randn(plan.local_tokens, 2, mine)
+        with pytest.raises(ValueError, match="head_dim of v.*rank 0: 8, rank 1: 16"):
+            cp_attention_with_sink(local[0].detach(), local[1].detach(), v, plan=plan)

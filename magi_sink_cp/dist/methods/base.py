@@ -34,6 +34,8 @@ class CallOptions(NamedTuple):
         grad_reduce_dtype: None is fp32 (fp64 for fp64 inputs).
         always_compare: checks == "always".
         backend: of the kernels; "auto" or a name of backends().
+        head_dim_v: of v before zeros made it that of k, or of q and k before they made it v's; None
+            where they were equal.
     """
 
     sink_layout: str
@@ -46,6 +48,7 @@ class CallOptions(NamedTuple):
     grad_reduce_dtype: torch.dtype | None
     always_compare: bool
     backend: str
+    head_dim_v: int | None
 
 
 class CheckedCall(NamedTuple):

@@ -114,7 +114,9 @@ def magi_sink_attention(
                 "attention_mask must be None beside cp_plan: padding is left out of the plan's "
                 "tokens (magi_sink_cp.integrations.transformers.shard_batch does)"
             )
-        return _across_ranks(q, k, v, s_aux, cp_plan, options), None
+        out = cp_attention_with_sink(q, k, v, s_aux, plan=cp_plan, **options)
+        assert isinstance(out, Tensor), "lse was not asked for"
+        return out, None
     if attention_mask is not None:
         if q.shape[1] == 1 and not torch.is_grad_enabled():
             return _one_query(q, k, v, s_aux, attention_mask, scaling, window[0], softcap), None
@@ -145,18 +147,6 @@ def _attend(*tensors: Tensor | None, **options: Any) -> Tensor:
     out = attention_with_sink(*tensors, **options)  # type: ignore[arg-type]
     assert isinstance(out, Tensor), "lse was not asked for"
     return out
-
-
-def _across_ranks(
-    q: Tensor, k: Tensor, v: Tensor, sink: Tensor | None, plan: CPPlan, options: dict[str, Any]
-) -> Tensor:
-    """cp_attention_with_sink, with zeros where v has a smaller head_dim: they change no result."""
-    missing = q.shape[-1] - v.shape[-1]
-    if missing > 0:
-        v = torch.nn.functional.pad(v, (0, missing))
-    out = cp_attention_with_sink(q, k, v, sink, plan=plan, **options)
-    assert isinstance(out, Tensor), "lse was not asked for"
-    return out[..., : out.shape[-1] - max(0, missing)]
 
 
 def _refuse(
