@@ -246,8 +246,8 @@ def run(args: argparse.Namespace, device: torch.device) -> int:
         done, stopped, failure = job.train(first_step, interrupt)
     if is_first:
         plot(args.out)
-        for line in [failure] * (failure is not None):
-            print(f"train_gpt_oss.py: error: {line}", file=sys.stderr)
+        if failure is not None:
+            print(f"train_gpt_oss.py: error: {failure}", file=sys.stderr)
         if stopped:
             print(f"stopped: saved; go on with --resume {args.out}")
     if stopped:
