@@ -218,7 +218,7 @@ def body_opcheck(group, device, *, sink_layout) -> None:
         sink = torch.randn(*rows, 2, 4, generator=generator).requires_grad_()
     options = [
         [True] * 3 + [sink is not None], True, sink_layout or "sh", None, (-1, 0), 0.0, True,
-        "none", None, None, False, "auto",
+        "none", None, None, False, "auto", None,
     ]  # fmt: skip
     forward = q, k, v, sink, plan.handle, *options
     plan.calls = itertools.repeat(0)  # the number of a call is no function of its inputs

@@ -236,8 +236,8 @@ def column(folder: Path, name: str) -> list[float]:
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="it compares fp32; GPUs compute in bf16")
 def test_one_curve_whatever_the_mesh(folders, tmp_path):
-    """dp 2, ended by Ctrl-C, goes on with cp 2 and groups of its own for each batch: as one
-    process.
+    """dp 2, ended by a SIGTERM to all processes, as a scheduler sends it, goes on with cp 2 and
+    groups of its own for each batch: as one process.
     """
     options = ["--model", str(folders / "model"), "--data", str(folders / "data")]
     options += ["--seq-len", "256", "--sequences", "2", "--lr", "1e-2", "--warmup", "2"]
@@ -246,13 +246,15 @@ def test_one_curve_whatever_the_mesh(folders, tmp_path):
         command(2, *options, "--cp", "1", "--steps", "100000", "--workers", "1", "--out",
                 str(parted)),
         cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True,
+        start_new_session=True,
     )  # fmt: skip
     while not (parted / "metrics.csv").exists() or len(column(parted, "loss")) < 2:
         assert process.poll() is None, "it ended before it was interrupted"
         time.sleep(0.05)
-    process.send_signal(signal.SIGINT)
-    process.communicate(timeout=120)
+    os.killpg(process.pid, signal.SIGTERM)
+    out, _ = process.communicate(timeout=120)
     assert process.returncode != 0
+    assert "stopped: saved; go on with --resume" in out
     done = len(column(parted, "loss"))
     steps = ["--steps", str(done + 4), "--save-model", "--workers", "0"]
     run(2, "--resume", str(parted), *steps, "--cp", "2", "--dynamic-cp")
@@ -321,34 +323,29 @@ def test_what_the_job_refuses_before_it_trains(tmp_path, wrong, folders, monkeyp
     assert "Traceback" not in message
 
 
-def test_a_signal_to_all_processes_and_a_line_that_cannot_be_read(folders, tmp_path):
-    """SIGTERM, as a scheduler sends it, also to the loader's workers: it saves. Changed data is
-    noticed. A bad line ends the run with one line, and saves.
-    """
+def main(monkeypatch, *arguments: str) -> int:
+    """The job in this process, as without torchrun."""
+    job = importlib.import_module("train_gpt_oss")
+    monkeypatch.setattr(sys, "argv", ["train_gpt_oss.py", *arguments, "--workers", "0"])
+    return job.main()
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="the model is smaller than GPU kernels take")
+def test_changed_data_and_a_line_that_cannot_be_read(folders, tmp_path, monkeypatch, capsys):
+    """A resume notices the first; the second ends the run with one line, saved."""
     data = tmp_path / "data"
     shutil.copytree(folders / "data", data)
-    options = ["--model", str(folders / "model"), "--data", str(data), "--seq-len", "64"]
-    options += ["--sequences", "1", "--steps", "100000", "--workers", "1"]
-    process = subprocess.Popen(
-        command(1, *options), cwd=tmp_path, start_new_session=True, text=True,
-        stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=os.environ | {"PYTHONPATH": str(ROOT)},
-    )  # fmt: skip
-    while (
-        not (found := [*tmp_path.glob("runs/*/metrics.csv")])
-        or len(column(found[0].parent, "loss")) < 2
-    ):
-        assert process.poll() is None, process.communicate()[1][-3000:]
-        time.sleep(0.05)
-    os.killpg(process.pid, signal.SIGTERM)
-    out, errors = process.communicate(timeout=120)
-    assert process.returncode == 130, errors[-3000:]
-    assert "stopped: saved; go on with --resume runs/" in out
-    resume = command(1, "--resume", str(found[0].parent), "--steps", "100000")
+    monkeypatch.chdir(tmp_path)
+    options = ["--model", str(folders / "model"), "--data", "data", "--seq-len", "64"]
+    assert main(monkeypatch, *options, "--sequences", "1", "--steps", "2") == 0
+    (folder,) = tmp_path.glob("runs/*")
+    assert len(column(folder, "loss")) == 2
     (data / "many.jsonl").write_text("{}\n" * 3)
-    changed = subprocess.run(resume, cwd=ROOT, capture_output=True, text=True)
-    assert changed.returncode == 2
-    assert "have changed" in changed.stderr
-    bad = subprocess.run([*resume, "--data", str(data)], cwd=ROOT, capture_output=True, text=True)
-    assert bad.returncode == 1
-    assert re.search(r"error: ValueError: .*many.jsonl, document at byte .*KeyError", bad.stderr)
-    assert (found[0].parent / "checkpoint" / ".metadata").exists()
+    resume = ["--resume", str(folder), "--steps", "1000"]
+    assert main(monkeypatch, *resume) == 2
+    assert "have changed" in capsys.readouterr().err
+    before = (folder / "checkpoint").stat().st_ino
+    assert main(monkeypatch, *resume, "--data", "data") == 1
+    errors = capsys.readouterr().err
+    assert re.search(r"error: .*many.jsonl, document at byte .*KeyError", errors), errors
+    assert (folder / "checkpoint").stat().st_ino != before, "it was not saved"

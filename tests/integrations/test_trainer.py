@@ -38,19 +38,30 @@ def run_job(
     return json.loads(line.removeprefix("RESULT"))
 
 
-def test_curves(tmp_path):
-    """cp 2, and dp 2 × cp 2, with FSDP2, checkpointing, accumulation, and an evaluation whose last
-    batch is not full; and cp 2 again from its checkpoint.
+@pytest.fixture(scope="module")
+def expected(tmp_path_factory):
+    """What one process logs."""
+    logs = run_job(1, 1, tmp_path_factory.mktemp("one"))
+    assert len(logs) == 4, "three steps and an evaluation"
+    assert logs[-1]["eval_rows"] == 23
+    return logs
+
+
+def test_curves(tmp_path, expected):
+    """cp 2 with FSDP2, checkpointing, accumulation, and an evaluation whose last batch is not full;
+    and again from its checkpoint.
     """
-    expected = run_job(1, 1, tmp_path / "one")
-    assert len(expected) == 4, "three steps and an evaluation"
-    assert expected[-1]["eval_rows"] == 23
-    for world in (2, 4):
-        for ours, theirs in zip(run_job(2, world, tmp_path / str(world)), expected, strict=True):
-            for name, value in theirs.items():
-                # Trainer takes the mean of the means of each data-parallel rank's batches.
-                tolerance = 1e-2 if (world, name) == (4, "eval_loss") else 1e-5
-                assert ours[name] == pytest.approx(value, rel=tolerance), name
-    resumed = run_job(2, 2, tmp_path / "2", "resume")
-    for ours, theirs in zip(resumed, expected, strict=True):
-        assert ours == pytest.approx(theirs, rel=1e-5)
+    for options in ([], ["resume"]):
+        for ours, theirs in zip(run_job(2, 2, tmp_path, *options), expected, strict=True):
+            assert ours == pytest.approx(theirs, rel=1e-5)
+
+
+@pytest.mark.skipif(
+    "INTEGRATIONS" not in os.environ, reason="four ranks take a minute: make integrations"
+)
+def test_curves_beside_data_parallel_ranks(tmp_path, expected):
+    """dp 2 × cp 2. Trainer takes the mean of the means of each data-parallel rank's batches."""
+    for ours, theirs in zip(run_job(2, 4, tmp_path), expected, strict=True):
+        for name, value in theirs.items():
+            tolerance = 1e-2 if name == "eval_loss" else 1e-5
+            assert ours[name] == pytest.approx(value, rel=tolerance), name
