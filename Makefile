@@ -2,7 +2,7 @@
 # make test     set up, then run the whole test suite in WORKERS processes (default 2)
 # make stress   draw random cases for MINUTES minutes (default 10) and print a reproducer for a failure
 # make fa3      add FlashAttention-3 for Hopper GPUs to the environment
-# make integrations  add torchtitan and TRL to the environment, and test what is made for them,
+# make integrations  add torchtitan, TRL and PEFT to the environment, and test what is made for them,
 #                    and Trainer on four ranks
 # make docs     build the documentation site into site/
 # make extras   check that pip can resolve every extra
@@ -36,9 +36,10 @@ fa3: $(VENV)/.installed
 # It works with the newest, so it is installed without what it asks for.
 integrations: $(VENV)/.installed
 	$(BIN)/python -m pip install --no-deps torchtitan==0.3.0 torchdata==0.11.0 spmd_types==0.2.3
-	$(BIN)/python -m pip install trl==1.16.0 tyro tensorboard einops
+	$(BIN)/python -m pip install trl==1.16.0 peft tyro tensorboard einops
 	INTEGRATIONS=1 $(BIN)/python -m pytest tests/integrations/test_torchtitan.py \
 		tests/integrations/test_trl.py tests/integrations/test_trainer.py \
+		tests/integrations/test_transformers_ranks.py::test_lora \
 		tests/unit/test_documents.py -k "not test_commands"
 
 docs: $(VENV)/.installed

@@ -16,7 +16,6 @@ TEST = [
     "import-linter>=2.1",
     "matplotlib>=3.7",
     "megatron-core>=0.16; platform_system == 'Linux' and python_version < '3.13'",
-    "peft>=0.18",
     "pytest>=8",
     "pytest-xdist>=3.6",
     "pytest-timeout>=2.2",
