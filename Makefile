@@ -39,6 +39,7 @@ integrations: $(VENV)/.installed
 	$(BIN)/python -m pip install trl==1.16.0 peft tyro tensorboard einops
 	INTEGRATIONS=1 $(BIN)/python -m pytest tests/integrations/test_torchtitan.py \
 		tests/integrations/test_trl.py tests/integrations/test_trainer.py \
+		tests/integrations/test_train_gpt_oss.py \
 		tests/integrations/test_transformers_ranks.py::test_lora \
 		tests/unit/test_documents.py -k "not test_commands"
 

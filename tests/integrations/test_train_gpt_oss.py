@@ -234,6 +234,9 @@ def column(folder: Path, name: str) -> list[float]:
         return [float(row[name]) for row in csv.DictReader(file)]
 
 
+@pytest.mark.skipif(
+    "INTEGRATIONS" not in os.environ, reason="its five processes take a minute: make integrations"
+)
 @pytest.mark.skipif(torch.cuda.is_available(), reason="it compares fp32; GPUs compute in bf16")
 def test_one_curve_whatever_the_mesh(folders, tmp_path):
     """dp 2, ended by a SIGTERM to all processes, as a scheduler sends it, goes on with cp 2 and

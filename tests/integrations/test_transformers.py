@@ -229,6 +229,9 @@ def test_other_kinds_of_masks():
         existing_keys(1, 8, q_length=8, mask_function=chunked)
 
 
+@pytest.mark.skipif(
+    transformers.__version__.startswith("4."), reason="its Phimoe has an attention of its own"
+)
 def test_a_window_that_is_in_the_mask_alone(monkeypatch):
     """Noticed by the config too, not by the model's name alone; without a window it runs."""
     from magi_sink_cp.integrations.transformers import attention
