@@ -212,7 +212,7 @@ class PackedSequence:
     Attributes:
         stream, place: where it comes from, and where the stream goes on.
         tokens, labels: int64, of the group of ranks that this rank is in.
-        num_tokens, num_labels: of the whole sequence.
+        num_labels: of the whole sequence.
         blueprint: of the group's plan. Its cp_size says how large the group is.
     """
 
@@ -220,7 +220,6 @@ class PackedSequence:
     place: Place
     tokens: Tensor
     labels: Tensor
-    num_tokens: int
     num_labels: int
     blueprint: CPBlueprint
 
@@ -305,9 +304,8 @@ class PackedSequences(IterableDataset[PackedSequence]):
             len(tokens), cp_size=cp_size, rank=rank, cu_seqlens=offsets, windows=self._windows
         )
         return PackedSequence(
-            number, stream.place, torch.tensor(tokens), torch.tensor(labels), self._seq_len,
-            num_labels, blueprint,
-        )  # fmt: skip
+            number, stream.place, torch.tensor(tokens), torch.tensor(labels), num_labels, blueprint
+        )
 
 
 def make_loader(

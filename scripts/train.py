@@ -47,6 +47,7 @@ from trainlib import (
     folder_name,
     load_checkpoint,
     prepare_folder,
+    require_at_least,
     save_checkpoint,
     settings_of,
 )
@@ -98,12 +99,9 @@ def parse_arguments() -> argparse.Namespace:
     args = parser.parse_args()
     if args.resume is not None:
         args = settings_of(parser, args, NOT_SETTINGS, MAY_CHANGE)
-    for name in ("seq_len", "steps", "dim", "layers", "heads", "kv_heads", "head_dim", "sinks"):
-        if getattr(args, name) < 1:
-            option = f"--{name.replace('_', '-')}"
-            parser.error(f"{option} must be at least 1, got {getattr(args, name)}")
-    if args.checkpoint_every < 0:
-        parser.error(f"--checkpoint-every must be at least 0, got {args.checkpoint_every}")
+    sizes = ("seq_len", "steps", "dim", "layers", "heads", "kv_heads", "head_dim", "sinks")
+    require_at_least(parser, args, 1, *sizes)
+    require_at_least(parser, args, 0, "checkpoint_every")
     if not 0 <= args.seed < 2**63:
         parser.error(f"--seed must be from 0 to 2^63 - 1, got {args.seed}")
     if args.seq_len < 2:

@@ -66,6 +66,7 @@ from trainlib import (
     folder_name,
     load_checkpoint,
     prepare_folder,
+    require_at_least,
     save_checkpoint,
     settings_of,
 )
@@ -119,16 +120,8 @@ def parse_arguments() -> argparse.Namespace:
         args = settings_of(parser, args, NOT_SETTINGS, MAY_CHANGE)
     world = int(os.environ.get("WORLD_SIZE", 1))
     args.cp_size = world if args.cp is None else args.cp
-    for name in ("seq_len", "sequences", "steps", "cp"):
-        if name == "cp" and args.cp is None:
-            continue
-        if getattr(args, name) < 1:
-            option = f"--{name.replace('_', '-')}"
-            parser.error(f"{option} must be at least 1, got {getattr(args, name)}")
-    for name in ("checkpoint_every", "workers", "warmup"):
-        if getattr(args, name) < 0:
-            option = f"--{name.replace('_', '-')}"
-            parser.error(f"{option} must be at least 0, got {getattr(args, name)}")
+    require_at_least(parser, args, 1, "seq_len", "sequences", "steps", "cp")
+    require_at_least(parser, args, 0, "checkpoint_every", "workers", "warmup")
     for name in ("lr", "clip"):
         if not (math.isfinite(getattr(args, name)) and getattr(args, name) > 0):
             parser.error(f"--{name} must be a finite number > 0, got {getattr(args, name)}")

@@ -35,6 +35,16 @@ def folder_name(text: str) -> Path:
     return Path(text)
 
 
+def require_at_least(
+    parser: argparse.ArgumentParser, args: argparse.Namespace, least: int, *names: str
+) -> None:
+    """End with an error if one of these arguments is given, and smaller."""
+    for name in names:
+        value = getattr(args, name)
+        if value is not None and value < least:
+            parser.error(f"--{name.replace('_', '-')} must be at least {least}, got {value}")
+
+
 def settings_of(
     parser: argparse.ArgumentParser,
     args: argparse.Namespace,

@@ -94,7 +94,7 @@ class Documents:
     def offsets(self) -> Tensor:
         """int32, of the documents of the whole batch as one sequence, on one device."""
         if self._offsets is None:
-            starts = (_starts(self._positions)).flatten().nonzero().flatten().to(torch.int32)
+            starts = _starts(self._positions).flatten().nonzero().flatten().to(torch.int32)
             total = starts.new_tensor([self._positions.numel()])
             self._offsets = torch.cat([starts, total])
         return self._offsets
