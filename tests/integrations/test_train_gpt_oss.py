@@ -27,6 +27,7 @@ import transformers
 
 from magi_sink_cp import make_cp_plan
 from tests.integrations.transformers_models import available, error, gradients, make_model
+from tests.support.scripts import run_main
 
 ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT / "scripts"))
@@ -315,12 +316,7 @@ def test_what_the_job_refuses_before_it_trains(tmp_path, wrong, folders, monkeyp
     if "--cp" in wrong:
         monkeypatch.setattr(os, "environ", {**os.environ, "WORLD_SIZE": "2"})
     options = ["--model", str(folders / "model"), "--data", str(folders / "data"), "--out", "run"]
-    monkeypatch.setattr(sys, "argv", ["train_gpt_oss.py", *options, *wrong.split()])
-    try:
-        code = job.main()
-    except SystemExit as end:
-        code = end.code
-    assert code == 2
+    assert run_main(job, monkeypatch, *options, *wrong.split()) == 2
     message = capsys.readouterr().err
     assert re.search(WRONG[wrong], message), message
     assert "Traceback" not in message
@@ -329,8 +325,7 @@ def test_what_the_job_refuses_before_it_trains(tmp_path, wrong, folders, monkeyp
 def main(monkeypatch, *arguments: str) -> int:
     """The job in this process, as without torchrun."""
     job = importlib.import_module("train_gpt_oss")
-    monkeypatch.setattr(sys, "argv", ["train_gpt_oss.py", *arguments, "--workers", "0"])
-    return job.main()
+    return run_main(job, monkeypatch, *arguments, "--workers", "0")
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="the model is smaller than GPU kernels take")

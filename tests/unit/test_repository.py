@@ -21,6 +21,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from tests.support.scripts import run_main
+
 ROOT = Path(__file__).parent.parent.parent
 PACKAGE = ROOT / "magi_sink_cp"
 
@@ -218,12 +220,7 @@ def test_what_the_training_job_refuses_before_it_trains(tmp_path, wrong, monkeyp
     (tmp_path / "OLD" / "settings.json").write_text(json.dumps(settings))
     (tmp_path / "DAMAGED" / "settings.json").write_text("{")
     monkeypatch.setattr(job, "train", None)  # nothing may be computed
-    monkeypatch.setattr(sys, "argv", ["train.py", *wrong.split()])
-    try:
-        code = job.main()
-    except SystemExit as end:
-        code = end.code
-    assert code == 2
+    assert run_main(job, monkeypatch, *wrong.split()) == 2
     message = capsys.readouterr().err
     assert re.search(WRONG[wrong], message), message
     assert "Traceback" not in message
