@@ -16,6 +16,7 @@ TEST = [
     "import-linter>=2.1",
     "matplotlib>=3.7",
     "megatron-core>=0.16; platform_system == 'Linux' and python_version < '3.13'",
+    "psutil>=5.9",
     "pytest>=8",
     "pytest-xdist>=3.6",
     "pytest-timeout>=2.2",

@@ -98,19 +98,24 @@ def cp_attention_with_sink(
     )  # fmt: skip
     out, lse = cp_attention(q, k, v, sink, plan, return_lse, checks == "always", options)
     if head_dim_v is not None:
-        out = out[..., :head_dim_v]
+        out = out[..., :head_dim_v].contiguous()
     return (out, lse) if return_lse else out
 
 
 def _own_head_dim(q: Tensor, k: Tensor, v: Tensor) -> int | None:
-    """The head_dim of v where it alone differs from k's and q's. Other shapes are refused later."""
-    if not all(isinstance(x, Tensor) and x.dim() >= 3 for x in (q, k, v)):
-        return None
-    is_own = k.shape[:-1] == v.shape[:-1] and q.shape[-1] == k.shape[-1] != v.shape[-1] > 0
+    """The head_dim of v where it alone differs from k's and q's. Other tensors are refused later,
+    on every rank.
+    """
+    for x in (q, k, v):
+        if not isinstance(x, Tensor) or x.layout != torch.strided or x.is_nested or x.dim() < 3:
+            return None
+    is_own = k.shape[:-1] == v.shape[:-1] and 0 < q.shape[-1] == k.shape[-1] != v.shape[-1] > 0
     return v.shape[-1] if is_own else None
 
 
 def _padded_to_one_head_dim(*tensors: Tensor) -> tuple[Tensor, ...]:
     """With zeros behind: they change no score, and the columns of out that they add are 0."""
     width = max(x.shape[-1] for x in tensors)
-    return tuple(torch.nn.functional.pad(x, (0, width - x.shape[-1])) for x in tensors)
+    missing = [width - x.shape[-1] for x in tensors]
+    pad = torch.nn.functional.pad  # which copies where nothing is missing
+    return tuple(pad(x, (0, n)) if n else x for x, n in zip(tensors, missing, strict=True))

@@ -32,6 +32,8 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
+import matplotlib as mpl
+import matplotlib.pyplot as plt
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F  # noqa: N812
@@ -65,6 +67,7 @@ from trainlib import (
     choose_folder,
     folder_name,
     load_checkpoint,
+    of_all_ranks,
     prepare_folder,
     require_at_least,
     save_checkpoint,
@@ -146,16 +149,19 @@ def parse_arguments() -> argparse.Namespace:
 
 def what_is_wrong_with(folder: Path) -> str | None:
     """Why the files of a model cannot be trained, or None."""
+    from transformers import AutoConfig
+
     try:
         config = json.loads((folder / "config.json").read_text())
         quantized = config.get("quantization_config", {}).get("quant_method", "mxfp4")
-    except (OSError, ValueError, AttributeError) as error:
+        text_config = AutoConfig.from_pretrained(folder).get_text_config()
+    except (OSError, ValueError, AttributeError, KeyError) as error:
         return f"must hold a config.json of transformers: {error}"
     if quantized != "mxfp4":
         return (
             f"is quantized as {quantized!r}: only weights that are not, or in mxfp4, can be trained"
         )
-    if refused := [name for name in REFUSED_HEADS if config.get(name) is not None]:
+    if refused := [name for name in REFUSED_HEADS if getattr(text_config, name, None) is not None]:
         return f"has {refused[0]} in its config, which this script does not honour"
     has_weights = any(folder.glob("*.safetensors"))
     if not has_weights and any(folder.glob("pytorch_model*.bin")):
@@ -212,6 +218,10 @@ def run(args: argparse.Namespace, device: torch.device) -> int:
         failure = failure or compare_data(args, documents)
     except (OSError, ValueError) as error:
         failure = f"--data: {error}"
+    if len(found := {*of_all_ranks(args.fingerprint, dist.group.WORLD)}) > 1 and not failure:
+        failure = (
+            f"--data, or tokenizer.json, must be the same on every rank, got {len(found)} kinds"
+        )
     if failure is None and is_first:
         failure = prepare_folder(args, NOT_SETTINGS)
     failure = agree_on(failure, dist.group.WORLD)
@@ -318,7 +328,7 @@ class Job:
         if recorder is not None:
             recorder.keep_before(first_step)
         step, sequences = first_step, start(self._loader)
-        stop, failure = False, None
+        saved, stop, failure = -1, False, None
         progress = tqdm(total=args.steps, initial=first_step, unit="step", disable=not is_first)
         while step < args.steps and not stop:
             begin = time.perf_counter()
@@ -335,8 +345,10 @@ class Job:
                 recorder.write(step - 1, loss, norm, rate, cp_size)
             if args.checkpoint_every and step % args.checkpoint_every == 0 and not stop:
                 self._save(step)
+                saved = step
         progress.close()
-        self._save(step)
+        if saved != step:
+            self._save(step)
         return step, stop, failure
 
     def _next_batch(
@@ -348,7 +360,8 @@ class Job:
         try:
             batch = list(islice(sequences, self._sequences_of_step))
         except Exception as error:  # the other ranks must hear of it
-            failure = str(error).strip().splitlines()[-1]  # behind a worker's traceback
+            text = str(error).strip() or repr(error)
+            failure = text.splitlines()[-1]  # behind a worker's traceback
         counts = [sum(sequence.num_labels for sequence in batch), failure is not None]
         totals = torch.tensor(counts, device=self._device)
         dist.all_reduce(totals)
@@ -572,11 +585,7 @@ def save_model(args: argparse.Namespace, model: TokenLoss) -> None:
 
 def plot(folder: Path) -> None:
     """training.png: the loss, and the tokens per second, over steps."""
-    import matplotlib as mpl
-
     mpl.use("Agg")
-    import matplotlib.pyplot as plt
-
     recorder = Recorder(folder, COLUMNS)
     figure, axes = plt.subplots(2, 1, figsize=(8, 6), sharex=True, height_ratios=[2, 1])
     columns = {"loss": "loss (nats per token)", "tokens_per_s": "tokens/s"}

@@ -11,7 +11,7 @@ import signal
 from collections.abc import Sequence
 from pathlib import Path
 from types import FrameType
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -19,6 +19,8 @@ import torch.distributed.checkpoint as dcp
 from torch import nn
 from torch.distributed import ProcessGroup
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
+
+T = TypeVar("T")
 
 INTERRUPTED = 130  # the exit code of a shell command that Ctrl-C ended
 _NOT_GIVEN = object()
@@ -57,7 +59,7 @@ def settings_of(
         not_settings: arguments that settings.json does not keep.
     """
     path = args.resume / "settings.json"
-    if not path.is_file() or not (args.resume / "checkpoint").is_dir():
+    if not path.is_file() or whole_checkpoint(args.resume) is None:
         parser.error(f"--resume {args.resume} holds no settings.json and checkpoint/ of a run")
     try:
         settings = json.loads(path.read_text())
@@ -94,8 +96,8 @@ def prepare_folder(args: argparse.Namespace, not_settings: Sequence[str]) -> str
     """Make --out before anything is computed; why that is not possible, or None."""
     folder: Path = args.out
     if args.resume is None and (folder / "metrics.csv").exists():
-        has_checkpoint = (folder / "checkpoint").is_dir()
-        instead = f", or --resume {folder}" if has_checkpoint else "; it saved no checkpoint"
+        saved = whole_checkpoint(folder) is not None
+        instead = f", or --resume {folder}" if saved else "; it saved no checkpoint"
         return f"--out {folder} holds another run: choose a new folder{instead}"
     settings = {name: value for name, value in vars(args).items() if name not in not_settings}
     try:
@@ -108,15 +110,23 @@ def prepare_folder(args: argparse.Namespace, not_settings: Sequence[str]) -> str
 
 def agree_on(failure: str | None, group: ProcessGroup | None) -> str | None:
     """The failure of any rank, on every rank."""
+    return next((each for each in of_all_ranks(failure, group) if each is not None), None)
+
+
+def of_all_ranks(mine: T, group: ProcessGroup | None) -> list[T]:
+    """What each rank has."""
     if group is None:
-        return failure
-    failures: list[str | None] = [None] * dist.get_world_size(group)
-    dist.all_gather_object(failures, failure, group=group)
-    return next((each for each in failures if each is not None), None)
+        return [mine]
+    every = [mine] * dist.get_world_size(group)
+    dist.all_gather_object(every, mine, group=group)
+    return every
 
 
 class Interrupt:
-    """Ctrl-C, or SIGTERM, is noted while training runs. A second one ends the process at once."""
+    """Ctrl-C, or SIGTERM, is noted while training runs. A second Ctrl-C ends the process at once.
+
+    A second SIGTERM does not: where a scheduler signals every process, torchrun sends its own too.
+    """
 
     def __init__(self) -> None:
         self.seen = False
@@ -133,7 +143,8 @@ class Interrupt:
 
     def _note(self, number: int, frame: FrameType | None) -> None:
         self.seen = True
-        signal.signal(number, self._before[number])
+        if number == signal.SIGINT:
+            signal.signal(number, self._before[number])
 
 
 class Recorder:
@@ -165,8 +176,8 @@ def save_checkpoint(
     others: dict[str, Any],
     group: ProcessGroup | None,
 ) -> None:
-    """Write folder/checkpoint; the old one is kept until the new one is whole."""
-    new, old = folder / "checkpoint.new", folder / "checkpoint"
+    """Write folder/checkpoint; whenever this is cut short, a whole one is left."""
+    new, current, old = folder / "checkpoint.new", folder / "checkpoint", folder / "checkpoint.old"
     is_first = group is None or dist.get_rank(group) == 0
     if is_first:  # of a save that was cut short
         shutil.rmtree(new, ignore_errors=True)
@@ -176,19 +187,28 @@ def save_checkpoint(
     state = {"model": weights, "optimizer": moments, **others}
     dcp.save(state, checkpoint_id=new, process_group=group, no_dist=group is None)
     if is_first:
+        if current.is_dir():
+            shutil.rmtree(old, ignore_errors=True)
+            current.rename(old)
+        new.rename(current)
         shutil.rmtree(old, ignore_errors=True)
-        new.rename(old)
     if group is not None:
         dist.barrier(group)
+
+
+def whole_checkpoint(folder: Path) -> Path | None:
+    """The checkpoint of a run, or None. A save that was cut short leaves the one before it."""
+    places = (folder / "checkpoint", folder / "checkpoint.old")
+    return next((place for place in places if place.is_dir()), None)
 
 
 def load_checkpoint(
     folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer, others: dict[str, Any]
 ) -> dict[str, Any]:
-    """Read folder/checkpoint, which may be of another number of ranks; returns the others."""
+    """Read the folder's checkpoint, which may be of another number of ranks; returns the others."""
     weights, moments = get_state_dict(model, optimizer)
     state: dict[str, Any] = {"model": weights, "optimizer": moments, **others}
-    dcp.load(state, checkpoint_id=folder / "checkpoint", no_dist=not dist.is_initialized())
+    dcp.load(state, checkpoint_id=whole_checkpoint(folder), no_dist=not dist.is_initialized())
     set_state_dict(
         model, optimizer, model_state_dict=state["model"], optim_state_dict=state["optimizer"]
     )

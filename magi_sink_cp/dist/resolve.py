@@ -205,8 +205,8 @@ def _check_call(
     grad_reduce_dtype = options.grad_reduce_dtype or exact
     # Token counts are the plan's, which its ranks have compared already.
     record: dict[str, object] = {
+        "head_dim of v": options.head_dim_v or v.shape[-1],
         "batch, heads, heads_kv, head_dim": [batch_size, q.shape[-2], k.shape[-2], q.shape[-1]],
-        "head_dim of v": options.head_dim_v,
         "dtype": str(q.dtype),
         "device type": q.device.type,
         "sink (s_sink, dtype)": None if sink is None else [sink.shape[-2], str(sink.dtype)],
@@ -245,11 +245,6 @@ def check_tensors(
             q, k, v, 3,
             "(plan.local_tokens, heads, head_dim) or (batch, plan.local_tokens, heads, head_dim)",
         )  # fmt: skip
-    if v.shape != k.shape:
-        raise ValueError(
-            "k and v must have the same shape, but for a head_dim of its own of v, "
-            f"got {tuple(k.shape)} and {tuple(v.shape)}"
-        )
     for name, x in (("q", q), ("k", k)):
         if x.shape[-3] != plan.local_tokens:
             raise ValueError(

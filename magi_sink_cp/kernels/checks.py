@@ -377,7 +377,7 @@ def own_heads(sink: Tensor, q: Tensor) -> Tensor:
     Every other sink comes back as it is: of a replicated DTensor nobody here can tell whether its
     gradient is whole on each rank or a part of the sum.
     """
-    if not is_dtensor(sink):
+    if not is_dtensor(sink) or not isinstance(q, Tensor) or q.dim() < 2:
         return sink
     heads = sink.dim() - 1
     by_heads = all(x.is_shard() and x.dim == heads for x in sink.placements)  # type: ignore[attr-defined]

@@ -1022,6 +1022,7 @@ def body_head_dim_of_v(group, device) -> None:
             *local, own_sink, plan=plan, window_size=(9, 0), return_lse=True, dsink_reduce="sum"
         )
         assert out.shape[-1] == head_dim_v
+        assert out.is_contiguous()
         (out.square().sum() + lse.sum()).backward()
         pairs = [(plan.unshard(out), truth), (own_sink.grad, sink.grad)]
         pairs += [(plan.unshard(x.grad), y.grad) for x, y in zip(local, (q, k, v), strict=True)]
@@ -1035,4 +1036,7 @@ def body_head_dim_of_v(group, device) -> None:
         mine = 8 if dist.get_rank(group) == 0 else 16
         v = torch.randn(plan.local_tokens, 2, mine)
         with pytest.raises(ValueError, match="head_dim of v.*rank 0: 8, rank 1: 16"):
+            cp_attention_with_sink(local[0].detach(), local[1].detach(), v, plan=plan)
+        v = torch.randn(plan.local_tokens, 2, 24 if mine == 8 else 40)
+        with pytest.raises(ValueError, match="head_dim of v.*rank 0: 24, rank 1: 40"):
             cp_attention_with_sink(local[0].detach(), local[1].detach(), v, plan=plan)

@@ -185,6 +185,15 @@ def body_call_error(group, device) -> None:
     rank = dist.get_rank(group)
     with pytest.raises(ValueError, match=own if rank else other):
         call(plan, tokens=5 if rank else None)
+    # What is prepared before the comparison must not fail on one rank alone.
+    dense = torch.zeros(6, 2, 4)
+    for wrong in (
+        (torch.zeros(6, 2, 0), dense),
+        (dense.to_sparse(), torch.zeros(6, 2, 8).to_sparse()),
+    ):
+        q, v = wrong if rank else (dense, dense)
+        with pytest.raises((TypeError, ValueError), match=None if rank else "cp rank 1 was given"):
+            cp_attention_with_sink(q, q, v, plan=plan)
 
 
 @pytest.mark.parametrize("on_gpus", [False, True])

@@ -110,6 +110,44 @@ def test_windows(backend, transport, overlap_degree, window):
     run_on_ranks(2, body_within_plain_error, "cuda", backend=backend, arguments=arguments, **case)
 
 
+@pytest.mark.parametrize("transport", TRANSPORTS)
+@pytest.mark.parametrize("head_dims", [(128, 64), (64, 128)])
+def test_a_head_dim_of_its_own_for_v(transport, head_dims):
+    run_on_ranks(2, body_head_dim_of_v, "cuda", transport=transport, head_dims=head_dims)
+
+
+def body_head_dim_of_v(group, device, *, transport: str, head_dims: tuple[int, int]) -> None:
+    """In bf16, near the fp64 result."""
+    head_dim, head_dim_v = head_dims
+    offsets = [0, 700, 701, 1500]
+    cu_seqlens = torch.tensor(offsets, dtype=torch.int32)
+    generator = torch.Generator().manual_seed(0)
+    tensors = [
+        torch.randn(offsets[-1], heads, d, generator=generator).bfloat16()
+        for heads, d in ((8, head_dim), (2, head_dim), (2, head_dim_v), (8, head_dim_v))
+    ]
+    sink = torch.randn(2, 8, generator=generator)
+    arguments = {"causal": True, "window_size": (200, 0), "return_lse": True}
+    true = [x.double().requires_grad_() for x in (*tensors[:3], sink)]
+    out, lse = attention_with_sink(
+        *true, cu_seqlens_q=cu_seqlens, cu_seqlens_k=cu_seqlens, **arguments
+    )
+    torch.autograd.backward([out, lse], [tensors[3].double(), torch.ones_like(lse)])
+    plan = make_cp_plan(offsets[-1], group=group, cu_seqlens=cu_seqlens, transport=transport)
+    local = [plan.shard(x.to(device)).requires_grad_() for x in tensors[:3]]
+    own_sink = sink.to(device).requires_grad_()
+    ours, our_lse = cp_attention_with_sink(
+        *local, own_sink, plan=plan, dsink_reduce="sum", **arguments
+    )
+    real = plan.token_mask.to(our_lse.dtype).expand_as(our_lse)
+    torch.autograd.backward([ours, our_lse], [plan.shard(tensors[3].to(device)), real])
+    assert ours.shape[-1] == head_dim_v
+    found = [plan.unshard(ours), *(plan.unshard(x.grad) for x in local), own_sink.grad]
+    for got, want in zip(found, [out, *(x.grad for x in true)], strict=True):
+        error = (got.cpu().double() - want).norm() / want.norm()
+        assert error < 6e-3, error  # bf16 holds 8 bits: 2e-3 each for inputs, weights and result
+
+
 @pytest.mark.parametrize("backend", ["fa4", "auto"])
 @pytest.mark.parametrize("transport", TRANSPORTS)
 @pytest.mark.parametrize("overlap_degree", [0, 1])

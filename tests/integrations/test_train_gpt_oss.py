@@ -16,6 +16,7 @@ import time
 import unittest.mock
 from pathlib import Path
 
+import psutil
 import pytest
 import torch
 from hypothesis import given
@@ -240,8 +241,8 @@ def column(folder: Path, name: str) -> list[float]:
 )
 @pytest.mark.skipif(torch.cuda.is_available(), reason="it compares fp32; GPUs compute in bf16")
 def test_one_curve_whatever_the_mesh(folders, tmp_path):
-    """dp 2, ended by a SIGTERM to all processes, as a scheduler sends it, goes on with cp 2 and
-    groups of its own for each batch: as one process.
+    """dp 2, ended by a SIGTERM to every rank and to torchrun, as a scheduler sends it, goes on with
+    cp 2 and groups of its own for each batch: as one process.
     """
     options = ["--model", str(folders / "model"), "--data", str(folders / "data")]
     options += ["--seq-len", "256", "--sequences", "2", "--lr", "1e-2", "--warmup", "2"]
@@ -255,7 +256,10 @@ def test_one_curve_whatever_the_mesh(folders, tmp_path):
     while not (parted / "metrics.csv").exists() or len(column(parted, "loss")) < 2:
         assert process.poll() is None, "it ended before it was interrupted"
         time.sleep(0.05)
-    os.killpg(process.pid, signal.SIGTERM)
+    ranks = psutil.Process(process.pid).children()
+    assert len(ranks) == 2
+    for target in (*ranks, process):
+        target.send_signal(signal.SIGTERM)
     out, _ = process.communicate(timeout=120)
     assert process.returncode != 0
     assert "stopped: saved; go on with --resume" in out
@@ -286,6 +290,8 @@ WRONG = {
     "--workers -1": "--workers must be at least 0",
     "--model BINARY": r"has weights as \*.bin",
     "--model SCALED": "has logit_scale in its config",
+    "--model CAPPED": "has final_logit_softcapping in its config",
+    "--model UNKNOWN": "must hold a config.json of transformers: .*nobody's",
     "--model WEIGHTS": "must hold tokenizer.json",
     "--cp 3": "--cp must divide the number of ranks, 2, got 3",
     "--cp 1 --sequences 3": "must be a multiple of the 2 cp groups",
@@ -304,10 +310,13 @@ def test_what_the_job_refuses_before_it_trains(tmp_path, wrong, folders, monkeyp
     for name, config in {
         "GPTQ": {"quantization_config": {"quant_method": "gptq"}},
         "SCALED": {"logit_scale": 0.1},
+        "CAPPED": {"model_type": "gemma2"},
+        "UNKNOWN": {"model_type": "nobody's"},
         "BINARY": {},
         "WEIGHTS": {},
     }.items():
         (tmp_path / name).mkdir()
+        config = {"model_type": "gpt_oss"} | config
         (tmp_path / name / "config.json").write_text(json.dumps(config))
     (tmp_path / "BINARY" / "pytorch_model.bin").touch()
     (tmp_path / "WEIGHTS" / "model.safetensors").touch()
