@@ -4,6 +4,7 @@
     python scripts/bench.py functions --out docs/benchmarks
     python scripts/bench.py host --out docs/benchmarks
     python scripts/bench.py masks --out docs/benchmarks
+    python scripts/bench.py ffa --out docs/benchmarks        # where magi_attention is installed
     python scripts/bench.py dist --out docs/benchmarks       # one rank a GPU; or under torchrun
     python scripts/bench.py plan --out docs/benchmarks       # likewise
     python scripts/bench.py model --out docs/benchmarks      # likewise
@@ -15,7 +16,8 @@ cp_attention_with_sink beside one GPU's FlashAttention-3 without a sink on the w
 divided by the number of ranks, and beside ring-flash-attn's zigzag and MagiAttention where they are
 installed; windows, packed documents, time that compute waits, memory (bench_dist.py). ``plan``:
 what a new plan costs the host and a training loop (bench_plan.py). ``masks``: slices beside a
-repeated prompt and beside FlexAttention (bench_masks.py). ``model``: a model of gpt-oss's shape in
+repeated prompt and beside FlexAttention (bench_masks.py). ``ffa``: masks beside MagiAttention's
+kernel with a sink (bench_ffa.py). ``model``: a model of gpt-oss's shape in
 transformers, beside its eager and flex_attention, and over two GPUs (bench_model.py).
 
 What is compared runs in turns in one process, in both orders, after warm-up; a row holds the median
@@ -512,6 +514,12 @@ def bench_masks(args: argparse.Namespace) -> Iterator[list[Row]]:
     yield from of_masks.run(args)
 
 
+def bench_ffa(args: argparse.Namespace) -> Iterator[list[Row]]:
+    import bench_ffa as of_ffa  # beside this file
+
+    yield from of_ffa.run(args)
+
+
 def bench_plan(args: argparse.Namespace) -> Iterator[list[Row]]:
     import bench_plan as of_plans  # beside this file
 
@@ -533,6 +541,7 @@ BENCHES = {
     "host": bench_host,
     "dist": bench_dist,
     "masks": bench_masks,
+    "ffa": bench_ffa,
     "plan": bench_plan,
     "model": bench_model,
 }

@@ -43,11 +43,12 @@ from benchlib import (
 from torch import Tensor
 from torch._C._autograd import DeviceType
 
-from magi_sink_cp import CPPlan, cp_attention_with_sink, make_cp_plan
+from magi_sink_cp import CPPlan, cp_attention_with_sink, engines, make_cp_plan, masks
 from magi_sink_cp.dist.planning import cost
 from magi_sink_cp.dist.planning.layout import LAYOUTS
-from magi_sink_cp.dist.planning.mask import CAUSAL, bands_of_documents
+from magi_sink_cp.dist.planning.mask import CAUSAL, Slice, bands_of_documents
 from magi_sink_cp.dist.planning.schedule import Mask
+from magi_sink_cp.kernels import magi_attention
 from magi_sink_cp.kernels.checks import make_params
 from magi_sink_cp.kernels.protocol import KernelRequest, Varlen
 
@@ -131,22 +132,48 @@ def causal_rows(args: argparse.Namespace, tokens: int) -> list[Row]:
 
 def peers(tokens: int, leaves: tuple[Tensor, ...], dout: Tensor) -> dict[str, Variant]:
     """One causal document by ring_flash_attn's zigzag, without a sink, and by magi_attention."""
-    q, k, v, sink = leaves
+    q, k, v, _ = leaves
     found: dict[str, Variant] = {}
     if importlib.util.find_spec("ring_flash_attn"):
         ring = importlib.import_module("ring_flash_attn").zigzag_ring_flash_attn_func
         batched = [x.detach()[None].requires_grad_() for x in (q, k, v)]
         function = functools.partial(ring, *batched, causal=True)
         found["zigzag ring without a sink"] = function, tuple(batched), dout[None]
-    if importlib.util.find_spec("magi_attention"):
-        api = importlib.import_module("magi_attention.api")
-        offsets = torch.tensor([0, tokens], dtype=torch.int32)
-        sizes = HEADS, HEADS_KV, q.shape[-1]
-        key = api.magi_attn_varlen_key(
-            offsets, offsets, *sizes, pad_size=0, cp_group_or_mesh=dist.group.WORLD, causal=True
-        )
-        found["MagiAttention"] = lambda: api.calc_attn(q, k, v, key, sink=sink)[0], leaves, dout
+    return found | magi_peers(masks.documents([0, tokens]), leaves, dout)
+
+
+def magi_peers(slices: list[Slice], leaves: tuple[Tensor, ...], dout: Tensor) -> dict[str, Variant]:
+    """MagiAttention's calc_attn with its own sink, at the overlap degrees that it documents for
+    two ranks (1 is its default), and our engine "magi", which adds the sink.
+    """
+    if {info.name: info.reason for info in engines()}["magi"]:
+        return {}
+    q, k, v, sink = leaves
+    api = magi_attention.load()
+    tokens = q.shape[0] * dist.get_world_size()
+    queries, keys, kinds = zip(*slices, strict=True)
+    found: dict[str, Variant] = {}
+    for degree in (1, 0, 2):
+        config = api.DistAttnConfig(overlap_config=api.OverlapConfig(degree=degree))
+        key = api.magi_attn_flex_key(
+            *(api.AttnRanges.from_ranges([list(span) for span in x]) for x in (queries, keys)),
+            list(kinds), tokens, tokens, HEADS, HEADS_KV, q.shape[-1], 0, dist.group.WORLD,
+            dist_attn_config=config,
+        )  # fmt: skip
+        assert key.pad_size == 0, "these numbers of tokens need no padding"
+        name = "MagiAttention" if degree == 1 else f"MagiAttention, overlap degree {degree}"
+        found[name] = functools.partial(calc_attn, q, k, v, key, sink), leaves, dout
+        if degree == 1:
+            plan = make_cp_plan(magi_key=key)
+            ours = functools.partial(cp_attention_with_sink, q, k, v, sink, plan=plan)
+            found["cp, engine magi"] = ours, leaves, dout
     return found
+
+
+def calc_attn(q: Tensor, k: Tensor, v: Tensor, key: Any, sink: Tensor) -> Tensor:
+    """MagiAttention's, without its lse."""
+    out: Tensor = magi_attention.load().calc_attn(q, k, v, key, sink=sink)[0]
+    return out
 
 
 def gathering_peers(
@@ -221,6 +248,7 @@ def window_rows(args: argparse.Namespace) -> list[Row]:
         "cp on fa3": (functools.partial(attention, backend="fa3"), (q, k, v, sink), dout),
     }
     ours |= gathering_peers([0, tokens], 64, window_size)
+    ours |= magi_peers(masks.sliding_window([0, tokens], 127), (q, k, v, sink), dout)
     shape = {"batch": 1, "tokens": tokens, "head_dim": 64}
     return compared(args, "window 128", shape, ours, window_size, None, tokens * 256)
 
@@ -237,6 +265,7 @@ def packed_rows(args: argparse.Namespace, seed: int) -> list[Row]:
         "cp on fa3": (functools.partial(attention, backend="fa3"), (q, k, v, sink), dout),
     }
     ours |= gathering_peers(cu_seqlens, 128, (-1, -1))
+    ours |= magi_peers(masks.documents(cu_seqlens), (q, k, v, sink), dout)
     pairs = sum((hi - lo) ** 2 for lo, hi in itertools.pairwise(cu_seqlens))
     shape = {"batch": len(cu_seqlens) - 1, "tokens": tokens, "head_dim": 128}
     return compared(args, f"packed, batch {seed}", shape, ours, (-1, 0), cu_seqlens, pairs)

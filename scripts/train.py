@@ -25,7 +25,7 @@ import statistics
 import sys
 import sysconfig
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from itertools import islice
 from operator import attrgetter
@@ -53,7 +53,7 @@ from trainlib import (
 )
 
 import magi_sink_cp
-from magi_sink_cp import CPPlan, SinkAttention, prefetch_plans
+from magi_sink_cp import CPPlan, SinkAttention, engines, make_cp_plan, prefetch_plans
 
 VOCABULARY = 256  # bytes
 IGNORED = -100  # label of a document's last byte and of padding
@@ -115,6 +115,11 @@ def parse_arguments() -> argparse.Namespace:
     backends = ["auto", *(backend.name for backend in magi_sink_cp.backends())]
     if args.backend not in backends:
         parser.error(f"--backend must be one of {backends}, got {args.backend!r}")
+    if args.engine == "magi":
+        reason = {info.name: info.reason for info in engines()}["magi"]
+        if reason or "RANK" not in os.environ:
+            reason = reason or "it needs a process group: use torchrun, also for one rank"
+            parser.error(f"--engine magi is not available: {reason}")
     try:
         args.documents = read_documents(args.data)
     except (OSError, ValueError) as error:
@@ -140,6 +145,8 @@ def make_parser() -> argparse.ArgumentParser:
     text = "of the compute; None: bfloat16 on GPUs, else float32"
     add("--dtype", choices=["float32", "bfloat16"], help=text)
     add("--backend", default="auto", help="attention backend, see magi_sink_cp.backends()")
+    text = "who plans and moves keys across ranks, see magi_sink_cp.engines()"
+    add("--engine", choices=["native", "magi"], default="native", help=text)
     text = "also train one rank on the whole sequence, and fail unless the losses agree"
     add("--verify", action="store_true", help=text)
     add("--out", type=folder_name, help="folder to write to; None: runs/<time>")
@@ -225,11 +232,7 @@ def train(
         recorder.keep_before(first_step)
     losses: list[float] = []
     stop = False
-    batches = prefetch_plans(
-        islice(packed_batches(args), first_step, args.steps),
-        group=group,
-        cu_seqlens=attrgetter("cu_seqlens"),
-    )
+    batches = with_plans(args, islice(packed_batches(args), first_step, args.steps), group)
     total = max(0, args.steps - first_step)
     progress = tqdm(batches, total=total, desc=name, unit="step", disable=not is_first)
     for step, (batch, plan) in enumerate(progress, first_step):
@@ -247,6 +250,19 @@ def train(
             state.save(args.out, step + 1, group)
     progress.close()
     return losses, stop
+
+
+def with_plans(
+    args: argparse.Namespace, batches: Iterator[Batch], group: ProcessGroup | None
+) -> Iterable[tuple[Batch, CPPlan]]:
+    """Each batch with its plan, which the native engine makes ahead of the step."""
+    if args.engine == "native" or group is None:
+        return prefetch_plans(batches, group=group, cu_seqlens=attrgetter("cu_seqlens"))
+    return (
+        (batch, make_cp_plan(len(batch.tokens), group=group, cu_seqlens=batch.cu_seqlens,
+                             engine=args.engine))
+        for batch in batches
+    )  # fmt: skip
 
 
 def train_step(

@@ -20,9 +20,17 @@ from magi_sink_cp.dist.bookkeeping import plain_tensors, upload
 from magi_sink_cp.dist.guard.agreement import GroupRef, backends_of, group_device
 from magi_sink_cp.dist.guard.late import Agreement, agree_outside_plans
 from magi_sink_cp.dist.guard.watchdog import ON_HANG, set_on_hang
+from magi_sink_cp.dist.magi_engine import (
+    MagiDispatch,
+    check_engine,
+    check_key,
+    dispatch,
+    mask_of_key,
+    slices_of_bands,
+)
 from magi_sink_cp.dist.planning.blueprint import CPBlueprint, PlanInput, make_blueprint
 from magi_sink_cp.dist.planning.layout import LAYOUTS
-from magi_sink_cp.dist.planning.mask import Range, Slice, check_slices
+from magi_sink_cp.dist.planning.mask import CAUSAL, Range, Slice, check_slices
 from magi_sink_cp.dist.planning.worker import Request, make_ahead
 from magi_sink_cp.dist.transport.base import Transport
 from magi_sink_cp.dist.transport.choose import (
@@ -30,6 +38,7 @@ from magi_sink_cp.dist.transport.choose import (
     choose_transport,
     known_symmetric_memory,
 )
+from magi_sink_cp.kernels import magi_attention
 from magi_sink_cp.kernels.caching import BoundedCache
 from magi_sink_cp.kernels.checks import (
     as_int,
@@ -113,7 +122,7 @@ def check_blueprint_arguments(
 
 
 def make_cp_plan(
-    total_tokens: int | CPBlueprint,
+    total_tokens: int | CPBlueprint | None = None,
     *,
     group: ProcessGroup | DeviceMesh | None = None,
     cu_seqlens: Tensor | Sequence[int] | None = None,
@@ -122,6 +131,8 @@ def make_cp_plan(
     layout: str = "auto",
     transport: str = "auto",
     on_hang: str = "abort",
+    engine: str = "auto",
+    magi_key: Any = None,
 ) -> CPPlan:
     """Plan how a sequence, and its mask, are spread over the ranks of a cp group.
 
@@ -161,16 +172,26 @@ def make_cp_plan(
             name the operation on stderr and abort the process. "log": name it and go on, for jobs
             that recover by themselves. "off": nothing. It holds for the whole group from now on.
             Over gloo a hang always raises an exception.
+        engine: "native": this package plans and moves keys. "magi": MagiAttention does, where it is
+            installed (:func:`magi_sink_cp.engines`; docs/engines.md). It needs a group with NCCL,
+            also for one rank; it chooses layout and padding, and takes neither layout nor
+            transport. "auto" is native.
+        magi_key: a DistAttnRuntimeKey that holds group, total_tokens and the mask, for engine
+            "magi". Its mask is the plan's ``mask_slices``. cu_seqlens and position_ids may be given
+            beside it, for positions.
 
     Raises:
         TypeError, ValueError: on every rank, if an argument is invalid on any rank or the ranks
-            differ. A ``group`` that is no group of this rank raises on this rank alone.
+            differ. A ``group`` or ``magi_key`` that is none of this rank raises on this rank alone.
         RuntimeError: transport="symm_mem", and it cannot be set up. The text says why.
     """
+    if magi_key is not None:
+        total_tokens, group, mask_slices = _of_key(magi_key, total_tokens, group, mask_slices)
     cp_group = process_group(group)
     rank = 0 if cp_group is None else dist.get_rank(cp_group)
     cp_size = 1 if cp_group is None else dist.get_world_size(cp_group)
     try:
+        chosen_engine = check_engine(engine, magi_key)
         if isinstance(total_tokens, CPBlueprint):
             blueprint = total_tokens
             _check_blueprint(
@@ -179,6 +200,8 @@ def make_cp_plan(
         else:
             what = _check_arguments(total_tokens, cu_seqlens, mask_slices, position_ids, layout)
             blueprint = make_blueprint(what, cp_size, rank)
+        if chosen_engine == "magi":
+            _check_magi(total_tokens, layout, transport, cp_group, blueprint)
         check_transport(transport, cp_group)
         if not isinstance(on_hang, str) or on_hang not in ON_HANG:
             raise ValueError(f"on_hang must be one of {ON_HANG}, got {on_hang!r}")
@@ -192,9 +215,69 @@ def make_cp_plan(
         device = group_device(cp_group)
         if device.type == "cuda":
             set_on_hang(cp_group, on_hang)
-        _agree_on_plan(cp_group, blueprint, transport)
+        _agree_on_plan(cp_group, blueprint, transport, chosen_engine, magi_key is not None)
+        if chosen_engine == "magi":
+            return _dispatched_plan(blueprint, what, cp_group, device, magi_key)
     chosen = choose_transport(transport, cp_group)
     return CPPlan(blueprint, cp_group, device, chosen)
+
+
+def _of_key(
+    key: Any, total_tokens: object, group: object, mask_slices: object
+) -> tuple[int, ProcessGroup, list[Slice]]:
+    """What a key says instead of these arguments."""
+    check_engine("magi", key)
+    check_key(key)
+    beside = {"total_tokens": total_tokens, "group": group, "mask_slices": mask_slices}
+    if given := [name for name, value in beside.items() if value is not None]:
+        raise ValueError(f"{' and '.join(given)} must be left out beside magi_key, which says it")
+    total, slices = mask_of_key(key)
+    return total, key.cp_group, slices
+
+
+def _check_magi(
+    total_tokens: object,
+    layout: str,
+    transport: str,
+    group: ProcessGroup | None,
+    blueprint: CPBlueprint,
+) -> None:
+    """Raise ValueError unless MagiAttention can make this plan."""
+    if group is None or group_device(group).type != magi_attention.DEVICE_TYPE:
+        raise ValueError(
+            "engine='magi' must have a cp group with NCCL, also for one rank (torchrun "
+            f"--nproc-per-node 1), got {'none' if group is None else 'one without it'}"
+        )
+    if isinstance(total_tokens, CPBlueprint):
+        raise ValueError(
+            "engine='magi' must be given total_tokens: MagiAttention plans with the group, so a "
+            "blueprint cannot be made ahead"
+        )
+    for name, value, allowed in (("layout", layout, "auto"), ("transport", transport, "auto")):
+        if value != allowed:
+            raise ValueError(
+                f"{name} must be left at {allowed!r} with engine='magi', which chooses it, got "
+                f"{value!r}"
+            )
+    if not len(blueprint.bands(CAUSAL).lo):
+        raise ValueError("engine='magi' must be given a mask that is not empty")
+
+
+def _dispatched_plan(
+    blueprint: CPBlueprint,
+    what: PlanInput,
+    group: ProcessGroup,
+    device: torch.device,
+    key: Any,
+) -> CPPlan:
+    """The plan that MagiAttention's dispatch makes of a checked input."""
+    slices = slices_of_bands(blueprint.bands(CAUSAL))
+    if key is None:
+        dispatched = dispatch(what.total_tokens, slices, group)
+    else:
+        dispatched = MagiDispatch(key, slices, group)
+    dealt = CPBlueprint(what, blueprint.cp_size, blueprint.rank, dispatched.layout)
+    return CPPlan(dealt, group, device, None, dispatched)
 
 
 def _check_blueprint(
@@ -224,8 +307,11 @@ def _check_blueprint(
         )
 
 
-def _agree_on_plan(group: ProcessGroup, blueprint: CPBlueprint, transport: str) -> None:
+def _agree_on_plan(
+    group: ProcessGroup, blueprint: CPBlueprint, transport: str, engine: str, has_key: bool
+) -> None:
     record: dict[str, object] = {
+        "engine": f"{engine}, with a magi_key" if has_key else engine,
         "total_tokens": blueprint.total_tokens,
         "layout": blueprint.layout_name,
         "transport": transport,
@@ -271,11 +357,12 @@ class CPPlan:
         documents: non-empty (start, stop) ranges of the whole sequence.
         mask_slices: the slices of the mask, or None: documents and each call's window make it.
         layout: the token ranges of every rank.
-        transport: how keys travel, or None if they do not (one rank). Its name is what "auto"
-            chose.
+        transport: how keys travel, or None if they do not (one rank) or MagiAttention moves them.
+            Its name is what "auto" chose.
+        engine: "native" or "magi".
         blueprint: what was planned without the group.
-        has_slices, calls, agreement, group_ref: internal. What calls resolved to and ranks
-            compared; the group.
+        has_slices, calls, agreement, group_ref, dispatch: internal. What calls resolved to and
+            ranks compared; the group; what MagiAttention has dealt.
         handle: int64 0-dim CPU tensor that stands for the plan in operators and compiled graphs.
     """
 
@@ -285,8 +372,11 @@ class CPPlan:
         group: ProcessGroup | None,
         device: torch.device,
         transport: Transport | None,
+        dispatch: MagiDispatch | None = None,
     ) -> None:
         self.blueprint = blueprint
+        self.dispatch = dispatch
+        self.engine = "native" if dispatch is None else "magi"
         self.total_tokens = blueprint.total_tokens
         self.group_ref = None if group is None else GroupRef(group)
         self.rank, self.cp_size = blueprint.rank, blueprint.cp_size
@@ -303,7 +393,10 @@ class CPPlan:
             self.handle = torch.tensor(next(_numbers), dtype=torch.int64, device="cpu")
         transport_name = None if transport is None else transport.name
         self.agreement = Agreement(
-            self.group_ref, device, f"{blueprint.digest[:16]}, {transport_name}"
+            self.group_ref,
+            device,
+            f"{blueprint.digest[:16]}, {transport_name}, {self.engine}",
+            at_once=dispatch is not None,  # whose first call makes a key, and so communicates
         )
         # Calls of this plan that may have a backward, counted alike on all ranks.
         self.calls = itertools.count()
@@ -313,6 +406,11 @@ class CPPlan:
     def documents(self) -> tuple[Range, ...]:
         """Non-empty (start, stop) ranges of the whole sequence."""
         return self.blueprint.documents
+
+    @property
+    def keys_travel(self) -> bool:
+        """Whether calls communicate, and so run on the plan's device."""
+        return self.transport is not None or self.dispatch is not None
 
     @property
     def group(self) -> ProcessGroup | None:
@@ -327,7 +425,7 @@ class CPPlan:
         return (
             f"CPPlan(total_tokens={self.total_tokens}, documents={len(self.documents)}, "
             f"rank={self.rank}, cp_size={self.cp_size}, local_tokens={self.local_tokens}, "
-            f"pad_tokens={self.pad_tokens})"
+            f"pad_tokens={self.pad_tokens}, engine={self.engine!r})"
         )
 
     def __reduce__(self) -> NoReturn:

@@ -200,7 +200,7 @@ def _check_call(
         options.deterministic,
     )  # fmt: skip
     call = CheckedCall(q, k, v, sink, params, options, batch_size)
-    method = choose_method(plan, call)
+    method = choose_method(plan)
     state = method.resolve(plan, call)
     grad_reduce_dtype = options.grad_reduce_dtype or exact
     # Token counts are the plan's, which its ranks have compared already.
@@ -257,7 +257,7 @@ def check_tensors(
             f"dsink_reduce={options.dsink_reduce!r} reduces the gradient of a sink, and sink is "
             "None"
         )
-    if plan.transport is not None and q.device != plan.device:
+    if plan.keys_travel and q.device != plan.device:
         raise ValueError(f"q, k and v must be on the plan's device, {plan.device}, got {q.device}")
     return sink
 
@@ -269,7 +269,7 @@ def agree_on_forward(plan: CPPlan, make_request: Callable[[], Request], always: 
         TypeError, ValueError: on every rank, if an argument is invalid on one or the ranks differ.
     """
     try:
-        if plan.transport is not None:
+        if plan.keys_travel:
             plan.check_current_device()
         request = make_request()
     except Exception as error:

@@ -18,7 +18,7 @@ from magi_sink_cp.kernels.protocol import Backend, KernelRequest
 
 def test_every_backend_is_listed_with_a_reason():
     listed = {info.name: info for info in backends()}
-    assert list(listed) == ["fa3", "fa4", "fa2", "aten", "cpu"]
+    assert list(listed) == ["fa3", "fa4", "fa2", "aten", "ffa", "cpu"]
     assert listed["cpu"].available
     for info in listed.values():
         assert info.available == (info.reason == "")
@@ -53,7 +53,7 @@ class _Picky(Backend):
 
 
 def test_auto_passes_over_what_cannot_run_the_call_and_logs_one_line(monkeypatch, caplog):
-    monkeypatch.setattr(registry, "_BACKENDS", (_Picky(), registry.CpuBackend()))
+    monkeypatch.setattr(registry, "_AUTOMATIC", (_Picky(), registry.CpuBackend()))
     monkeypatch.setattr(registry, "_logged", set())
     monkeypatch.setattr(registry, "_selected", {})
     q = torch.randn(1, 4, 2, 8)
@@ -63,7 +63,7 @@ def test_auto_passes_over_what_cannot_run_the_call_and_logs_one_line(monkeypatch
     assert [record.message for record in caplog.records] == [
         "attention runs on cpu (picky: it runs nothing)"
     ]
-    monkeypatch.setattr(registry, "_BACKENDS", (_Picky(),))
+    monkeypatch.setattr(registry, "_AUTOMATIC", (_Picky(),))
     monkeypatch.setattr(registry, "_BY_NAME", {"picky": _Picky()})
     monkeypatch.setattr(registry, "_selected", {})
     with pytest.raises(ValueError, match="no backend can run this call: picky: it runs nothing"):
@@ -186,6 +186,8 @@ def test_public_names():
         "BackendInfo",
         "CPBlueprint",
         "CPPlan",
+        "EngineInfo",
+        "engines",
         "SinkAttention",
         "make_cp_blueprint",
         "masks",

@@ -203,11 +203,13 @@ class Agreement:
     it, or in every call if ``always``.
     """
 
-    def __init__(self, group: GroupRef | None, device: torch.device, digest: str) -> None:
-        """``digest`` tells this plan from others."""
+    def __init__(
+        self, group: GroupRef | None, device: torch.device, digest: str, at_once: bool = False
+    ) -> None:
+        """``digest`` tells this plan from others; ``at_once``: read no comparison late."""
         self._group = group
         self._device = device
-        self._digest = digest
+        self._digest, self._at_once = digest, at_once
         self.in_every_call = device.type == "cpu"
         self._agreed: set[str] = set()
         self.backwards_to_come = 0  # of forwards so far
@@ -226,7 +228,7 @@ class Agreement:
                 agree(record, self._group(), what)
         elif key not in self._agreed:
             with self._on_device():
-                group_agreement(self._group()).compare(record, key, what)
+                group_agreement(self._group()).compare(record, key, what, self._at_once)
         else:
             return
         self._agreed.add(key)

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from magi_sink_cp.dist.methods.base import CheckedCall, Method
+from magi_sink_cp.dist.methods.base import Method
+from magi_sink_cp.dist.methods.magi import MagiAttention
 from magi_sink_cp.dist.methods.ring import Ring
 from magi_sink_cp.dist.plan import CPPlan
 
-METHODS: tuple[Method, ...] = (Ring(),)
+# By the plan's engine.
+METHODS: dict[str, Method] = {"native": Ring(), "magi": MagiAttention()}
 
 
-def choose_method(plan: CPPlan, call: CheckedCall) -> Method:
-    """The method for a call: the ring is the only one so far."""
-    return METHODS[0]
+def choose_method(plan: CPPlan) -> Method:
+    """The method for the calls of a plan."""
+    return METHODS[plan.engine]

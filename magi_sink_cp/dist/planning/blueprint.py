@@ -73,7 +73,14 @@ class CPBlueprint:
         digest: sha256 of what all ranks must have alike.
     """
 
-    def __init__(self, what: PlanInput, cp_size: int, rank: int) -> None:
+    def __init__(
+        self,
+        what: PlanInput,
+        cp_size: int,
+        rank: int,
+        layout: tuple[RankRanges, ...] | None = None,
+    ) -> None:
+        """``layout``: where something else has dealt the tokens; None follows ``what.layout``."""
         self.total_tokens, self.cp_size, self.rank = what.total_tokens, cp_size, rank
         self.mask_slices, self.layout_name = what.mask_slices, what.layout
         self.position_ids = what.position_ids
@@ -81,11 +88,12 @@ class CPBlueprint:
         documents = np.stack([edges[:-1], edges[1:]], axis=1)
         self._documents = documents[documents[:, 1] > documents[:, 0]]
         self._slices = None if what.mask_slices is None else bands_of_slices(what.mask_slices)
-        bands = self.bands(CAUSAL)
-        if what.layout in OF_DOCUMENTS:
-            bands = bands_of_documents(self._documents, CAUSAL)
-        layout: tuple[RankRanges, ...] = LAYOUTS[what.layout](what.total_tokens, cp_size, bands)
-        self.layout = layout
+        if layout is None:
+            bands = self.bands(CAUSAL)
+            if what.layout in OF_DOCUMENTS:
+                bands = bands_of_documents(self._documents, CAUSAL)
+            layout = LAYOUTS[what.layout](what.total_tokens, cp_size, bands)
+        self.layout: tuple[RankRanges, ...] = layout
         own = layout[rank]
         self.local_tokens = num_tokens(own)
         self.pad_tokens = cp_size * self.local_tokens - self.total_tokens

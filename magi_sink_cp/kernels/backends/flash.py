@@ -98,26 +98,13 @@ class NoLseGradientBackend(FlashBackend):
     ) -> Gradients:
         """The kernel's gradients, plus the share of dlse from a second call if dlse is given.
 
-        The kernels take no dlse, but they compute delta = Σ_d dout·out from their inputs. A call
-        with v = 0 has dP = 0. With dout = 1 and out = -dlse in the first channels it has
-        delta = -dlse, hence dS = P∘dlse: exactly the share of dlse.
-
-        Three channels of an 8-bit or 11-bit mantissa hold every bit of an fp32 number. dlse is
-        first scaled to at most 2, because fp16 holds neither 1e-9 nor 1e5. Dropout does not change
-        lse, so the second call has none.
+        Dropout does not change lse, so the second call has none.
         """
         dout, q, k, v = (kernel_ready(x) for x in (dout, q, k, v))
         grads = self._kernel_backward(dout, q, k, v, saved, request, into)
         if dlse is None:
             return grads
-        peak = dlse.abs().nan_to_num(nan=0.0, posinf=0.0).amax()
-        scale = torch.exp2(-torch.log2(peak).floor().clamp(-126, 126))
-        split_out, split_dout = torch.zeros_like(saved.out), torch.zeros_like(saved.out)
-        split_dout[..., :3] = 1
-        rest = -(dlse * scale).transpose(-1, -2)
-        for channel in range(3):
-            split_out[..., channel] = rest
-            rest = rest - split_out[..., channel]
+        scale, split_out, split_dout = split_dlse(dlse, saved.out)
         request = replace(request, params=request.params._replace(dropout_p=0.0))
         no_values = torch.zeros_like(v)
         split = Partial(split_out, saved.lse)
@@ -130,6 +117,27 @@ class NoLseGradientBackend(FlashBackend):
         dq = (grads.dq + share.dq.float() / scale).to(q.dtype)
         dk = (grads.dk + share.dk.float() / scale).to(q.dtype)
         return store(Gradients(dq, dk, grads.dv, grads.delta), into)
+
+
+def split_dlse(dlse: Tensor, out: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """(scale, out, dout) by which a backward without dlse gives scale times the share of dlse.
+
+    Kernels that take no dlse compute delta = Σ_d dout·out from their inputs. A call with v = 0 has
+    dP = 0. With dout = 1 and out = -dlse in the first channels it has delta = -dlse, hence
+    dS = P∘dlse: exactly the share of dlse.
+
+    Three channels of an 8-bit or 11-bit mantissa hold every bit of an fp32 number. dlse is first
+    scaled to at most 2, because fp16 holds neither 1e-9 nor 1e5.
+    """
+    peak = dlse.abs().nan_to_num(nan=0.0, posinf=0.0).amax()
+    scale = torch.exp2(-torch.log2(peak).floor().clamp(-126, 126))
+    split_out, split_dout = torch.zeros_like(out), torch.zeros_like(out)
+    split_dout[..., :3] = 1
+    rest = -(dlse * scale).transpose(-1, -2)
+    for channel in range(3):
+        split_out[..., channel] = rest
+        rest = rest - split_out[..., channel]
+    return scale, split_out, split_dout
 
 
 def kernel_ready(x: Tensor) -> Tensor:

@@ -16,21 +16,24 @@ from magi_sink_cp.kernels.backends.cpu import CpuBackend
 from magi_sink_cp.kernels.backends.fa2 import Fa2Backend
 from magi_sink_cp.kernels.backends.fa3 import Fa3Backend
 from magi_sink_cp.kernels.backends.fa4 import Fa4Backend
+from magi_sink_cp.kernels.backends.ffa import FfaBackend
 from magi_sink_cp.kernels.caching import BoundedCache
 from magi_sink_cp.kernels.protocol import NO_EXTRAS, Backend, KernelRequest
 
 logger = logging.getLogger("magi_sink_cp")
 
 # Best first. "auto" takes the first that can run the call, but prefers fa4 where fa4's own kernels
-# add the sink.
+# add the sink, and never takes ffa, whose kernels are compiled for minutes at their first use.
 _BACKENDS: tuple[Backend, ...] = (
     Fa3Backend(),
     Fa4Backend(),
     Fa2Backend(),
     AtenBackend(),
+    FfaBackend(),
     CpuBackend(),
 )
 _BY_NAME = {backend.name: backend for backend in _BACKENDS}
+_AUTOMATIC = tuple(backend for backend in _BACKENDS if not isinstance(backend, FfaBackend))
 _INSTALL_HINTS = {"fa3": fa3.INSTALL_HINT, "fa4": fa4.INSTALL_HINT}
 
 _fallback = False
@@ -77,9 +80,9 @@ def backends() -> tuple[BackendInfo, ...]:
 def set_fallback(enabled: bool) -> None:
     """Allow fa3_* and fa4_* functions to run on another backend where their own cannot run.
 
-    The other one is the next backend of :func:`backends` that can run the call. It is off by
-    default: such a call on a GPU raises. CPU tensors always run on the ``cpu`` backend. fa2_*
-    functions always run on PyTorch's own FlashAttention-2 if flash_attn is not installed.
+    The other one is the next backend of :func:`backends` that can run the call, but never ffa. It
+    is off by default: such a call on a GPU raises. CPU tensors always run on the ``cpu`` backend.
+    fa2_* functions always run on PyTorch's own FlashAttention-2 if flash_attn is not installed.
 
     Raises:
         TypeError: ``enabled`` is not a bool.
@@ -174,7 +177,7 @@ def _select(
     if policy.drop_in:
         return _select_drop_in(policy, q, request, head_dim_v)
     if name == "auto":
-        candidates = sorted(_BACKENDS, key=lambda backend: adding_sink(backend, sink) is None)
+        candidates = sorted(_AUTOMATIC, key=lambda backend: adding_sink(backend, sink) is None)
         return _first(candidates, q, request, head_dim_v, "no backend can run this call")
     check_backend_name(name)
     backend = _BY_NAME[name]
@@ -206,7 +209,7 @@ def _select_drop_in(
         return _first([_BY_NAME["aten"]], q, request, head_dim_v, failure, hint)
     own = _BY_NAME[family]
     if policy.fallback:
-        others = (backend for backend in _BACKENDS if backend is not own)
+        others = (backend for backend in _AUTOMATIC if backend is not own)
         return _first([own, *others], q, request, head_dim_v, failure)
     install = f"To get {family}: {_INSTALL_HINTS[family]}. " if _unavailable(own) else ""
     hint = f"{install}magi_sink_cp.set_fallback(True) allows the next backend"

@@ -1,0 +1,210 @@
+"""A twin of what this package calls of magi_attention.api: plain torch, any device and dtype.
+
+It keeps to the facts of v1.1.1 on which the engine rests: chunks dealt to ranks, local order
+ascending, padding at the end of the sequence; an autograd function that saves q, the joined k and
+v, out and lse, computes its backward from these, and drops the gradient of lse.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from types import SimpleNamespace
+from typing import Any
+from unittest import mock
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from magi_sink_cp.kernels import magi_attention
+from tests.support.slices import dense
+
+KINDS = ("full", "causal", "inv_causal", "bi_causal")
+
+
+class AttnRanges(list):
+    @staticmethod
+    def from_ranges(ranges: list[list[int]]) -> AttnRanges:
+        return AttnRanges(SimpleNamespace(start=a, end=b) for a, b in ranges)
+
+
+@dataclass(frozen=True)
+class OverlapConfig:
+    degree: int | None = 1
+
+
+@dataclass(frozen=True)
+class DistAttnConfig:
+    dispatch_config: object = None
+    overlap_config: OverlapConfig = OverlapConfig()
+
+
+@dataclass(frozen=True, eq=False)
+class DistAttnRuntimeKey:
+    q_ranges: AttnRanges
+    k_ranges: AttnRanges
+    attn_mask_type: tuple[Any, ...]
+    total_seqlen_q: int
+    num_heads_q: int
+    num_heads_kv: int
+    head_dim: int
+    pad_size: int
+    chunk_size: int
+    cp_group: dist.ProcessGroup
+    dist_attn_config: DistAttnConfig
+    uneven_shard: bool = False
+    chunks: list[list[int]] = field(default_factory=list)  # of each rank
+
+
+def magi_attn_flex_key(
+    q_ranges, k_ranges, attn_mask_type, total_seqlen_q, total_seqlen_k, num_heads_q, num_heads_kv,
+    head_dim, pad_size, cp_group_or_mesh, dist_attn_config=None,
+) -> DistAttnRuntimeKey:  # fmt: skip
+    assert (pad_size, total_seqlen_k) == (0, total_seqlen_q)
+    ranks = dist.get_world_size(cp_group_or_mesh)
+    size = -(-total_seqlen_q // (8 * ranks))
+    padded = -(-total_seqlen_q // (size * ranks)) * size * ranks
+    every = range(padded // size)
+    # The last chunk goes to the first rank: padding is then at the end of several ranks.
+    chunks = [
+        sorted(n for n in every if (len(every) - 1 - n) % ranks == rank) for rank in range(ranks)
+    ]
+    return DistAttnRuntimeKey(
+        *_padded(q_ranges, k_ranges, attn_mask_type, total_seqlen_q, padded - total_seqlen_q),
+        padded, num_heads_q, num_heads_kv, head_dim, padded - total_seqlen_q, size,
+        cp_group_or_mesh, dist_attn_config or DistAttnConfig(), chunks=chunks,
+    )  # fmt: skip
+
+
+def _padded(q_ranges, k_ranges, kinds, total, pad_size):
+    kinds = [SimpleNamespace(value=kind) for kind in kinds]
+    if pad_size:
+        more = AttnRanges.from_ranges([[total, total + pad_size]])
+        nothing = AttnRanges.from_ranges([[0, 0]])
+        return (
+            AttnRanges([*q_ranges, *more]),
+            AttnRanges([*k_ranges, *nothing]),
+            (*kinds, SimpleNamespace(value="full")),
+        )
+    return q_ranges, k_ranges, tuple(kinds)
+
+
+def make_flex_key_for_new_mask_after_dispatch(
+    q_ranges, k_ranges, attn_mask_type, key_for_dispatch, num_heads_q, num_heads_kv, head_dim,
+    dist_attn_config,
+) -> DistAttnRuntimeKey:  # fmt: skip
+    key = key_for_dispatch
+    total = key.total_seqlen_q - key.pad_size
+    dist.barrier(key.cp_group)  # making a key communicates
+    return DistAttnRuntimeKey(
+        *_padded(q_ranges, k_ranges, attn_mask_type, total, key.pad_size),
+        key.total_seqlen_q, num_heads_q, num_heads_kv, head_dim, key.pad_size, key.chunk_size,
+        key.cp_group, dist_attn_config, chunks=key.chunks,
+    )  # fmt: skip
+
+
+def _rows(key: DistAttnRuntimeKey, rank: int) -> Tensor:
+    size = key.chunk_size
+    return torch.cat([torch.arange(n * size, (n + 1) * size) for n in key.chunks[rank]])
+
+
+def dispatch(x: Tensor, key: DistAttnRuntimeKey, pad_value: float = 0.0) -> Tensor:
+    padding = x.new_full((key.pad_size, *x.shape[1:]), pad_value)
+    return torch.cat([x, padding])[_rows(key, dist.get_rank(key.cp_group))]
+
+
+class DistAttnFunc(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, q, k, v, runtime, sink, softmax_scale, softcap):
+        assert sink is None
+        assert (q.shape[1], k.shape[1], q.shape[2]) == (
+            runtime.num_heads_q, runtime.num_heads_kv, runtime.head_dim
+        )  # fmt: skip
+        local_kv = torch.cat([k, v])
+        scores, _, values = _scores(q, local_kv, runtime, softmax_scale, softcap)
+        lse = torch.logsumexp(scores, -1)
+        weights = torch.exp(scores - lse.masked_fill(lse.isinf(), 0)[..., None])
+        out = torch.einsum("hqk,khd->qhd", weights, values).to(q.dtype).contiguous()
+        lse = lse.t().contiguous()
+        ctx.save_for_backward(q, local_kv, out, lse, sink)
+        ctx.dist_attn_runtime, ctx.softmax_scale, ctx.softcap = runtime, softmax_scale, softcap
+        return out, lse, None
+
+    @staticmethod
+    def backward(ctx, dout, *args):
+        q, local_kv, out, lse, _ = ctx.saved_tensors
+        key, scale, softcap = ctx.dist_attn_runtime, ctx.softmax_scale, ctx.softcap
+        scores, keys, values = _scores(q, local_kv, key, scale, softcap)
+        lse = lse.t().masked_fill(lse.t().isneginf(), torch.inf)
+        weights = torch.exp(scores - lse[..., None])
+        delta = (dout * out).sum(-1).t()
+        ds = weights * (torch.einsum("qhd,khd->hqk", dout, values) - delta[..., None])
+        if softcap:
+            ds = ds * (1 - (scores.masked_fill(scores.isinf(), 0) / softcap) ** 2)
+        dq = torch.einsum("hqk,khd->qhd", ds, keys) * scale
+        dk = torch.einsum("hqk,qhd->khd", ds, q) * scale
+        dv = torch.einsum("hqk,qhd->khd", weights, dout)
+        own = _rows(key, dist.get_rank(key.cp_group))
+        totals = []
+        for x in (dk, dv):  # every rank has a share of every key's
+            total = x.unflatten(1, (local_kv.shape[1], -1)).sum(2).contiguous()
+            dist.all_reduce(total, group=key.cp_group)
+            totals.append(total[own])
+        return dq, *totals, None, None, None, None
+
+
+def _scores(
+    q: Tensor, local_kv: Tensor, key, softmax_scale, softcap
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(H, own rows, all keys), and all keys and values with a head for each of q's."""
+    group, ranks = key.cp_group, dist.get_world_size(key.cp_group)
+    gathered = [torch.empty_like(local_kv) for _ in range(ranks)]
+    dist.all_gather(gathered, local_kv, group=group)
+    order = torch.cat([_rows(key, rank) for rank in range(ranks)]).argsort()
+    keys, values = (
+        torch.cat([kv.chunk(2)[i] for kv in gathered])[order].repeat_interleave(
+            q.shape[1] // local_kv.shape[1], 1
+        )
+        for i in range(2)
+    )
+    scores = torch.einsum("qhd,khd->hqk", q, keys) * softmax_scale
+    if softcap:
+        scores = softcap * torch.tanh(scores / softcap)
+    triples = zip(key.q_ranges, key.k_ranges, key.attn_mask_type, strict=True)
+    slices = [((a.start, a.end), (b.start, b.end), kind.value) for a, b, kind in triples]
+    mask = dense([one for one in slices if one[1][0] < one[1][1]], key.total_seqlen_q).bool()
+    hidden = ~mask[_rows(key, dist.get_rank(group))]
+    return scores.masked_fill(hidden, -torch.inf), keys, values
+
+
+def calc_attn(q, k, v, key, sink=None, softmax_scale=None, softcap=0.0):
+    out, lse, _ = DistAttnFunc.apply(q, k, v, key, sink, softmax_scale, softcap)
+    return out, SimpleNamespace(lse=lse)
+
+
+API = SimpleNamespace(
+    AttnRanges=AttnRanges,
+    DistAttnConfig=DistAttnConfig,
+    DistAttnRuntimeKey=DistAttnRuntimeKey,
+    OverlapConfig=OverlapConfig,
+    calc_attn=calc_attn,
+    dispatch=dispatch,
+    magi_attn_flex_key=magi_attn_flex_key,
+    make_flex_key_for_new_mask_after_dispatch=make_flex_key_for_new_mask_after_dispatch,
+)
+
+
+@contextlib.contextmanager
+def installed() -> Iterator[Any]:
+    """The twin in the place of magi_attention.api, on the CPU."""
+    with contextlib.ExitStack() as stack:
+        for name, value in {
+            "load": lambda: API,
+            "missing_gpu": lambda: None,
+            "DEVICE_TYPE": "cpu",
+            "DTYPES": (torch.float32, torch.float64),
+        }.items():
+            stack.enter_context(mock.patch.object(magi_attention, name, value))
+        yield API
