@@ -153,7 +153,7 @@ def magi_peers(slices: list[Slice], leaves: tuple[Tensor, ...], dout: Tensor) ->
     tokens = q.shape[0] * dist.get_world_size()
     queries, keys, kinds = zip(*slices, strict=True)
     found: dict[str, Variant] = {}
-    for degree in (1, 0, 2):
+    for degree in (1, 0, 2) if tokens < 131072 else (1,):
         config = api.DistAttnConfig(overlap_config=api.OverlapConfig(degree=degree))
         key = api.magi_attn_flex_key(
             *(api.AttnRanges.from_ranges([list(span) for span in x]) for x in (queries, keys)),

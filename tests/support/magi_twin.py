@@ -8,6 +8,7 @@ v, out and lse, computes its backward from these, and drops the gradient of lse.
 from __future__ import annotations
 
 import contextlib
+import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from types import SimpleNamespace
@@ -19,6 +20,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from magi_sink_cp.kernels import magi_attention
+from magi_sink_cp.kernels.backends import registry
 from tests.support.slices import dense
 
 KINDS = ("full", "causal", "inv_causal", "bi_causal")
@@ -137,15 +139,7 @@ class DistAttnFunc(torch.autograd.Function):
         q, local_kv, out, lse, _ = ctx.saved_tensors
         key, scale, softcap = ctx.dist_attn_runtime, ctx.softmax_scale, ctx.softcap
         scores, keys, values = _scores(q, local_kv, key, scale, softcap)
-        lse = lse.t().masked_fill(lse.t().isneginf(), torch.inf)
-        weights = torch.exp(scores - lse[..., None])
-        delta = (dout * out).sum(-1).t()
-        ds = weights * (torch.einsum("qhd,khd->hqk", dout, values) - delta[..., None])
-        if softcap:
-            ds = ds * (1 - (scores.masked_fill(scores.isinf(), 0) / softcap) ** 2)
-        dq = torch.einsum("hqk,khd->qhd", ds, keys) * scale
-        dk = torch.einsum("hqk,qhd->khd", ds, q) * scale
-        dv = torch.einsum("hqk,qhd->khd", weights, dout)
+        dq, dk, dv = _gradients(dout, q, keys, values, scores, out, lse, scale, softcap)
         own = _rows(key, dist.get_rank(key.cp_group))
         totals = []
         for x in (dk, dv):  # every rank has a share of every key's
@@ -163,20 +157,81 @@ def _scores(
     gathered = [torch.empty_like(local_kv) for _ in range(ranks)]
     dist.all_gather(gathered, local_kv, group=group)
     order = torch.cat([_rows(key, rank) for rank in range(ranks)]).argsort()
-    keys, values = (
-        torch.cat([kv.chunk(2)[i] for kv in gathered])[order].repeat_interleave(
-            q.shape[1] // local_kv.shape[1], 1
-        )
-        for i in range(2)
-    )
-    scores = torch.einsum("qhd,khd->hqk", q, keys) * softmax_scale
-    if softcap:
-        scores = softcap * torch.tanh(scores / softcap)
+    k, v = (torch.cat([kv.chunk(2)[i] for kv in gathered])[order] for i in range(2))
     triples = zip(key.q_ranges, key.k_ranges, key.attn_mask_type, strict=True)
     slices = [((a.start, a.end), (b.start, b.end), kind.value) for a, b, kind in triples]
     mask = dense([one for one in slices if one[1][0] < one[1][1]], key.total_seqlen_q).bool()
-    hidden = ~mask[_rows(key, dist.get_rank(group))]
-    return scores.masked_fill(hidden, -torch.inf), keys, values
+    return _masked_scores(q, k, v, mask[_rows(key, dist.get_rank(group))], softmax_scale, softcap)
+
+
+class FlexFlashAttnFunc(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, q, k, v, sink, q_ranges, k_ranges, kinds, softmax_scale, softcap):
+        assert sink is None
+        mask = _mask_of_ranges(q_ranges, k_ranges, kinds, q.shape[0], k.shape[0])
+        scores, _, values = _masked_scores(q, k, v, mask, softmax_scale, softcap)
+        lse = torch.logsumexp(scores, -1)
+        weights = torch.exp(scores - lse.masked_fill(lse.isinf(), 0)[..., None])
+        out = torch.einsum("hqk,khd->qhd", weights, values).to(q.dtype).contiguous()
+        lse = lse.t().contiguous()
+        ctx.save_for_backward(q, k, v, sink, out, lse, q_ranges, k_ranges, kinds)
+        ctx.softmax_scale, ctx.softcap = softmax_scale, softcap
+        return out, lse, None
+
+    @staticmethod
+    def backward(ctx, dout, *args):
+        q, k, v, _, out, lse, q_ranges, k_ranges, kinds = ctx.saved_tensors
+        mask = _mask_of_ranges(q_ranges, k_ranges, kinds, q.shape[0], k.shape[0])
+        scores, keys, values = _masked_scores(q, k, v, mask, ctx.softmax_scale, ctx.softcap)
+        dq, dk, dv = _gradients(
+            dout, q, keys, values, scores, out, lse, ctx.softmax_scale, ctx.softcap
+        )
+        dk, dv = (x.unflatten(1, (k.shape[1], -1)).sum(2) for x in (dk, dv))
+        return dq, dk, dv, *(None,) * 6
+
+
+def _mask_of_ranges(q_ranges, k_ranges, kinds, rows: int, keys: int) -> Tensor:
+    assert q_ranges.dtype == k_ranges.dtype == kinds.dtype == torch.int32
+    triples = zip(q_ranges.tolist(), k_ranges.tolist(), kinds.tolist(), strict=True)
+    slices = [(q, k, KINDS[kind]) for q, k, kind in triples if q[0] < q[1] and k[0] < k[1]]
+    seen = dense(slices, max(rows, keys))[:rows, :keys]
+    assert not (seen > 1).any()
+    return seen.bool()
+
+
+def _masked_scores(q, k, v, mask, softmax_scale, softcap) -> tuple[Tensor, Tensor, Tensor]:
+    keys, values = (x.repeat_interleave(q.shape[1] // k.shape[1], 1) for x in (k, v))
+    scores = torch.einsum("qhd,khd->hqk", q, keys) * softmax_scale
+    if softcap:
+        scores = softcap * torch.tanh(scores / softcap)
+    return scores.masked_fill(~mask, -torch.inf), keys, values
+
+
+def _gradients(dout, q, keys, values, scores, out, lse, scale, softcap) -> tuple[Tensor, ...]:
+    """dq, and dk and dv of a head for each of q's, from the out and lse that were saved."""
+    assert lse.stride(-1) == 1
+    lse = lse.t().masked_fill(lse.t().isneginf(), torch.inf)
+    weights = torch.exp(scores - lse[..., None])
+    delta = (dout * out).sum(-1).t()
+    ds = weights * (torch.einsum("qhd,khd->hqk", dout, values) - delta[..., None])
+    if softcap:
+        ds = ds * (1 - (scores.masked_fill(scores.isinf(), 0) / softcap) ** 2)
+    dq = torch.einsum("hqk,khd->qhd", ds, keys) * scale
+    dk = torch.einsum("hqk,qhd->khd", ds, q) * scale
+    return dq, dk, torch.einsum("hqk,qhd->khd", weights, dout)
+
+
+def flex_flash_attn_func(
+    q, k, v, q_ranges, k_ranges, attn_type_map, *, sink=None, softmax_scale=None, softcap=0.0,
+    deterministic=False, disable_fwd_atomic_reduction=False,
+):  # fmt: skip
+    if disable_fwd_atomic_reduction:
+        rows = sorted((a, b) for a, b in q_ranges.tolist() if a < b)
+        assert all(one[1] <= two[0] for one, two in itertools.pairwise(rows))
+    out, lse, _ = FlexFlashAttnFunc.apply(
+        q, k, v, sink, q_ranges, k_ranges, attn_type_map, softmax_scale, softcap
+    )
+    return out, SimpleNamespace(lse=lse)
 
 
 def calc_attn(q, k, v, key, sink=None, softmax_scale=None, softcap=0.0):
@@ -191,6 +246,7 @@ API = SimpleNamespace(
     OverlapConfig=OverlapConfig,
     calc_attn=calc_attn,
     dispatch=dispatch,
+    flex_flash_attn_func=flex_flash_attn_func,
     magi_attn_flex_key=magi_attn_flex_key,
     make_flex_key_for_new_mask_after_dispatch=make_flex_key_for_new_mask_after_dispatch,
 )
@@ -200,6 +256,7 @@ API = SimpleNamespace(
 def installed() -> Iterator[Any]:
     """The twin in the place of magi_attention.api, on the CPU."""
     with contextlib.ExitStack() as stack:
+        stack.enter_context(mock.patch.object(registry, "_unavailable", return_value=None))
         for name, value in {
             "load": lambda: API,
             "missing_gpu": lambda: None,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import sys
 from types import SimpleNamespace
 
@@ -15,8 +16,13 @@ from magi_sink_cp import attention_with_sink, backends, engines, make_cp_plan
 from magi_sink_cp.dist.magi_engine import mask_of_key, slices_of_bands
 from magi_sink_cp.dist.planning.mask import FAR, Bands
 from magi_sink_cp.kernels import magi_attention
+from magi_sink_cp.kernels.backends.cpu import CpuBackend
+from magi_sink_cp.kernels.backends.ffa import FfaBackend
+from magi_sink_cp.kernels.checks import make_params
 from magi_sink_cp.kernels.magi_attention import Backward
-from magi_sink_cp.kernels.protocol import NotUsableError
+from magi_sink_cp.kernels.protocol import KernelRequest, NotUsableError, Varlen
+from tests.support import magi_twin
+from tests.support.cases import errors, make_case, run, truth
 from tests.support.slices import dense
 
 
@@ -140,3 +146,52 @@ def test_a_backward_runs_on_the_out_and_lse_that_it_is_given(joined):
         Backward(out, {name: x for name, x in known.items() if name != "lse"})
     with pytest.raises(NotUsableError, match=r"is no torch.autograd.Function"):
         Backward(out.exp(), known)
+
+
+# --- The backend ffa, on a twin of its kernel ---------------------------------------------------
+
+
+WINDOWS = {
+    "full": {},
+    "causal": {"causal": True},
+    "window": {"window_size": (7, 5)},
+    "causal window": {"causal": True, "window_size": (11, 0)},
+    "left window": {"window_size": (9, -1)},
+    "right window": {"window_size": (-1, 4)},
+}
+
+
+@pytest.mark.parametrize("mask", WINDOWS.values(), ids=WINDOWS.keys())
+@pytest.mark.parametrize(("sink_layout", "s_sink"), [("sh", 1), ("sh", 12), ("ssh", 2)])
+@pytest.mark.parametrize("softcap", [0.0, 3.0])
+def test_ffa(mask, sink_layout, s_sink, softcap):
+    """Samples of other lengths than their keys, and documents, some of them empty."""
+    options = {
+        "heads": 4, "heads_kv": 2, "head_dim": 16, "s_sink": s_sink, "sink_layout": sink_layout,
+        "dtype": torch.float64, "softcap": softcap, "with_dlse": True, **mask,
+    }  # fmt: skip
+    sizes = ([30], [43]), ([43], [30])
+    dense_cases = [make_case(*each, batch=2, **options) for each in sizes]
+    offsets = [0, 20, 21, 21, 28], [0, 20, 21, 26, 26]
+    lengths = ([b - a for a, b in itertools.pairwise(edges)] for edges in offsets)
+    packed = make_case(*lengths, **options)
+    cu_seqlens = (torch.tensor(edges, dtype=torch.int32) for edges in offsets)
+    arguments = dict(zip(("cu_seqlens_q", "cu_seqlens_k"), cu_seqlens, strict=True))
+    with magi_twin.installed():
+        for case, more in (*((case, {}) for case in dense_cases), (packed, arguments)):
+            found = run(attention_with_sink, case, backend="ffa", **more)
+            for name, error in errors(found, truth(case)).items():
+                assert error < 1e-7, f"{name}: {error:.3g}"
+
+
+def test_ffa_of_some_rows_and_keys():
+    """seqused: the other rows see nothing."""
+    q, k, v = (torch.randn(30, heads, 16, dtype=torch.float64) for heads in (4, 2, 2))
+    cu_seqlens = torch.tensor([0, 12, 30], dtype=torch.int32)
+    used = torch.tensor([7, 18], dtype=torch.int32), torch.tensor([12, 5], dtype=torch.int32)
+    varlen = Varlen(cu_seqlens, cu_seqlens, 18, 18, *used)
+    request = KernelRequest(make_params(16, None, True, (4, 0), 0.0, False), varlen)
+    with magi_twin.installed():
+        ours = FfaBackend().forward(q, k, v, request)
+    theirs = CpuBackend().forward(q, k, v, request)
+    torch.testing.assert_close((ours.out, ours.lse), (theirs.out, theirs.lse))

@@ -17,6 +17,7 @@ from magi_sink_cp.kernels.caching import BoundedCache
 from magi_sink_cp.kernels.magi_attention import Backward, Rectangles, rectangles_of_bands
 from magi_sink_cp.kernels.protocol import (
     AttentionParams,
+    Backend,
     Gradients,
     KernelRequest,
     Partial,
@@ -42,7 +43,9 @@ class FfaBackend(NoLseGradientBackend):
     def unsupported(
         self, q: Tensor, request: KernelRequest, head_dim_v: int | None = None
     ) -> str | None:
-        return magi_attention.unsupported(q) or super().unsupported(q, request, head_dim_v)
+        if head_dim_v not in (None, q.shape[-1]):
+            return f"it takes v with the head_dim of q, {q.shape[-1]}, and v has {head_dim_v}"
+        return magi_attention.unsupported(q) or Backend.unsupported(self, q, request)
 
     def _forward(
         self,
@@ -76,7 +79,7 @@ class FfaBackend(NoLseGradientBackend):
             "k": _flat(k),
             "v": _flat(v),
             "out": _flat(kernel_ready(saved.out)),
-            "lse": saved.lse.transpose(-1, -2).reshape(-1, q.shape[-2]),
+            "lse": saved.lse.transpose(-1, -2).contiguous().view(-1, q.shape[-2]),
             "q_ranges": q_ranges,
             "k_ranges": k_ranges,
             "kinds": kinds,
