@@ -253,11 +253,10 @@ def _check_magi(
             "engine='magi' must be given total_tokens: MagiAttention plans with the group, so a "
             "blueprint cannot be made ahead"
         )
-    for name, value, allowed in (("layout", layout, "auto"), ("transport", transport, "auto")):
-        if value != allowed:
+    for name, value in (("layout", layout), ("transport", transport)):
+        if value != "auto":
             raise ValueError(
-                f"{name} must be left at {allowed!r} with engine='magi', which chooses it, got "
-                f"{value!r}"
+                f"{name} must be left at 'auto' with engine='magi', which chooses it, got {value!r}"
             )
     if not len(blueprint.bands(CAUSAL).lo):
         raise ValueError("engine='magi' must be given a mask that is not empty")
