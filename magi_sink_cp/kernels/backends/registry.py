@@ -72,7 +72,10 @@ class BackendInfo:
 
 
 def backends() -> tuple[BackendInfo, ...]:
-    """Every backend, best first, with whether this process can use it, and why not."""
+    """Every backend, best first, with whether this process can use it, and why not.
+
+    Where magi_attention is installed it is imported, which takes seconds.
+    """
     rows = ((backend.name, _unavailable(backend)) for backend in _BACKENDS)
     return tuple(BackendInfo(name, reason is None, reason or "") for name, reason in rows)
 
