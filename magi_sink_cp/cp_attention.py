@@ -37,6 +37,8 @@ def cp_attention_with_sink(
     It equals attention_with_sink on the whole packed sequence, followed by ``plan.shard``. Every
     rank of the plan's group must call it. If any rank runs backward through it, all must, in the
     same order; a rank without a loss of its own can use ``out.sum() * 0``.
+    With a plan of engine "magi" overlap_degree, grad_reduce_dtype, deterministic and backend follow
+    MagiAttention, or are refused (docs/engines.md).
 
     Args:
         q: (plan.local_tokens, h, d), or (b, plan.local_tokens, h, d): b samples, each of them a

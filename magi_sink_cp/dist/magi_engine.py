@@ -7,6 +7,7 @@ calc_attn computes attention without a sink, which this package adds (dist/metho
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import weakref
 from collections.abc import Sequence
@@ -21,12 +22,15 @@ from magi_sink_cp.dist.guard.agreement import GroupRef, all_gather, group_device
 from magi_sink_cp.dist.planning.layout import RankRanges, union
 from magi_sink_cp.dist.planning.mask import SLICE_TYPES, Bands, Slice
 from magi_sink_cp.kernels import magi_attention
-from magi_sink_cp.kernels.caching import BoundedCache
+from magi_sink_cp.kernels.magi_attention import Backward
 from magi_sink_cp.kernels.protocol import NotUsableError
 
 ENGINES = ("native", "magi")
 DETERMINISTIC = "MAGI_ATTENTION_DETERMINISTIC_MODE"
 EXACT_REDUCE = "MAGI_ATTENTION_BACKWARD_HIGH_PRECISION_REDUCE"
+KEPT_KEYS = "MAGI_ATTENTION_DIST_ATTN_RUNTIME_DICT_SIZE"
+# Variables that may differ between the ranks: where its kernels are built, what it prints.
+_OF_A_MACHINE = ("WORKSPACE", "BUILD", "JIT", "LOG", "PROFILE", "DEBUG")
 
 
 @dataclass(frozen=True)
@@ -63,9 +67,7 @@ def check_engine(name: object, magi_key: object) -> str:
         raise ValueError(f"engine must be 'auto' or one of {list(ENGINES)}, got {name!r}")
     if name == "native" and magi_key is not None:
         raise ValueError("engine must be 'magi' or 'auto' beside magi_key, got 'native'")
-    chosen = "native" if name == "auto" and magi_key is None else "magi"
-    if name == "native":
-        chosen = name
+    chosen = "magi" if name == "magi" or magi_key is not None else "native"
     if chosen == "magi" and (reason := _missing_magi()):
         raise ValueError(f"engine='magi' is not available: {reason}")
     return chosen
@@ -99,6 +101,7 @@ class MagiDispatch:
     Attributes:
         key: its DistAttnRuntimeKey, by which the tokens were dealt.
         layout: the token ranges of every rank; those from total_tokens on are padding.
+        learned: the backward of each kind of call, from its first forward that needs gradients.
     """
 
     def __init__(self, key: Any, slices: Sequence[Slice], group: ProcessGroup) -> None:
@@ -111,7 +114,8 @@ class MagiDispatch:
         self.layout = _read_layout(key, group)
         self._slices = tuple(slices)
         self._group = GroupRef(group)
-        self._keys: BoundedCache[object, Any] = BoundedCache(64)
+        self._keys: dict[object, Any] = {}
+        self.learned: dict[object, Backward] = {}
 
     def key_for(self, slices: tuple[Slice, ...], sizes: Sizes, overlap_degree: int | None) -> Any:
         """The key for a mask on this layout. Every rank must ask for the same, in one order.
@@ -128,10 +132,13 @@ class MagiDispatch:
             api = magi_attention.load()
             config = self.key.dist_attn_config
             if overlap_degree is not None:
-                config = api.DistAttnConfig(
-                    dispatch_config=config.dispatch_config,
-                    overlap_config=api.OverlapConfig(degree=overlap_degree),
+                overlap = dataclasses.replace(
+                    config.overlap_config,
+                    degree=overlap_degree,
+                    mode=api.AttnOverlapMode.STATIC,
+                    max_num_chunks=max(config.overlap_config.max_num_chunks, overlap_degree),
                 )
+                config = dataclasses.replace(config, overlap_config=overlap)
             found = self._keys[asked] = api.make_flex_key_for_new_mask_after_dispatch(
                 *_as_ranges(slices),
                 self.key,
@@ -144,38 +151,54 @@ class MagiDispatch:
 
 
 def dispatch(total_tokens: int, slices: Sequence[Slice], group: ProcessGroup) -> MagiDispatch:
-    """Let MagiAttention deal a sequence with this mask. Every rank of the group must call this."""
+    """Let MagiAttention deal a sequence with this mask. Every rank of the group must call this.
+
+    Raises:
+        ValueError: it refuses.
+    """
     api = magi_attention.load()
     sizes = _latest_sizes.get(group, _FIRST_SIZES)
-    key = api.magi_attn_flex_key(
-        *_as_ranges(slices),
-        total_seqlen_q=total_tokens,
-        total_seqlen_k=total_tokens,
-        num_heads_q=sizes.heads,
-        num_heads_kv=sizes.heads_kv,
-        head_dim=sizes.head_dim,
-        pad_size=0,  # which means that it chooses
-        cp_group_or_mesh=group,
-    )
+    try:
+        key = api.magi_attn_flex_key(
+            *_as_ranges(slices),
+            total_seqlen_q=total_tokens,
+            total_seqlen_k=total_tokens,
+            num_heads_q=sizes.heads,
+            num_heads_kv=sizes.heads_kv,
+            head_dim=sizes.head_dim,
+            pad_size=0,  # which means that it chooses
+            cp_group_or_mesh=group,
+        )
+    except AssertionError as error:
+        raise ValueError(f"MagiAttention cannot make this plan: {error}") from error
     return MagiDispatch(key, slices, group)
 
 
 def check_key(key: object) -> None:
-    """Raise unless this is a key that a plan can follow."""
+    """Raise TypeError unless this is a key."""
     kind = magi_attention.load().DistAttnRuntimeKey
     if not isinstance(key, kind):
         raise TypeError(
             "magi_key must be a DistAttnRuntimeKey of magi_attention, as magi_attn_flex_key "
             f"returns it, got {type(key).__name__}"
         )
-    if getattr(key, "uneven_shard", False):
-        raise ValueError(
-            "magi_key must give every rank as many tokens: make it without uneven_shard"
-        )
 
 
 def mask_of_key(key: Any) -> tuple[int, list[Slice]]:
-    """(total_tokens without padding, the mask) of a key."""
+    """(total_tokens without padding, the mask) of a key.
+
+    Raises:
+        ValueError: a plan cannot follow it.
+    """
+    if key.uneven_shard:
+        raise ValueError(
+            "magi_key must give every rank as many tokens: make it without uneven_shard"
+        )
+    if key.total_seqlen_q != key.total_seqlen_k:
+        raise ValueError(
+            "magi_key must have queries and keys of the same tokens, got "
+            f"{key.total_seqlen_q} and {key.total_seqlen_k}"
+        )
     total = key.total_seqlen_q - key.pad_size
     triples = zip(key.q_ranges, key.k_ranges, key.attn_mask_type, strict=True)
     slices = [((q.start, q.end), (k.start, k.end), str(kind.value)) for q, k, kind in triples]
@@ -196,6 +219,13 @@ def slices_of_bands(bands: Bands) -> tuple[Slice, ...]:
 def is_set(variable: str) -> bool:
     """Whether one of MagiAttention's switches is on. They are only read."""
     return os.environ.get(variable, "0") == "1"
+
+
+def variables() -> str:
+    """Those by which MagiAttention computes or communicates in another way, for comparison."""
+    names = [name for name in sorted(os.environ) if name.startswith("MAGI_ATTENTION_")]
+    own = [name for name in names if not any(part in name for part in _OF_A_MACHINE)]
+    return ", ".join(f"{name}={os.environ[name]}" for name in own)
 
 
 def _as_ranges(slices: Sequence[Slice]) -> tuple[Any, Any, list[str]]:

@@ -27,6 +27,7 @@ from magi_sink_cp.dist.magi_engine import (
     dispatch,
     mask_of_key,
     slices_of_bands,
+    variables,
 )
 from magi_sink_cp.dist.planning.blueprint import CPBlueprint, PlanInput, make_blueprint
 from magi_sink_cp.dist.planning.layout import LAYOUTS
@@ -185,13 +186,18 @@ def make_cp_plan(
             differ. A ``group`` or ``magi_key`` that is none of this rank raises on this rank alone.
         RuntimeError: transport="symm_mem", and it cannot be set up. The text says why.
     """
+    given_group = group
     if magi_key is not None:
-        total_tokens, group, mask_slices = _of_key(magi_key, total_tokens, group, mask_slices)
+        check_engine("magi", magi_key)
+        check_key(magi_key)
+        group = magi_key.cp_group
     cp_group = process_group(group)
     rank = 0 if cp_group is None else dist.get_rank(cp_group)
     cp_size = 1 if cp_group is None else dist.get_world_size(cp_group)
     try:
         chosen_engine = check_engine(engine, magi_key)
+        if magi_key is not None:
+            total_tokens, mask_slices = _of_key(magi_key, total_tokens, given_group, mask_slices)
         if isinstance(total_tokens, CPBlueprint):
             blueprint = total_tokens
             _check_blueprint(
@@ -199,7 +205,13 @@ def make_cp_plan(
             )
         else:
             what = _check_arguments(total_tokens, cu_seqlens, mask_slices, position_ids, layout)
-            blueprint = make_blueprint(what, cp_size, rank)
+            if chosen_engine == "magi":
+                what = what._replace(layout="magi")
+                blueprint = CPBlueprint(
+                    what, cp_size, rank, layout=((),) * cp_size
+                )  # not yet dealt
+            else:
+                blueprint = make_blueprint(what, cp_size, rank)
         if chosen_engine == "magi":
             _check_magi(total_tokens, layout, transport, cp_group, blueprint)
         check_transport(transport, cp_group)
@@ -224,15 +236,16 @@ def make_cp_plan(
 
 def _of_key(
     key: Any, total_tokens: object, group: object, mask_slices: object
-) -> tuple[int, ProcessGroup, list[Slice]]:
-    """What a key says instead of these arguments."""
-    check_engine("magi", key)
-    check_key(key)
+) -> tuple[int, list[Slice]]:
+    """total_tokens and the mask that a key says.
+
+    Raises:
+        ValueError: one of these arguments is given too, or no plan can follow the key.
+    """
     beside = {"total_tokens": total_tokens, "group": group, "mask_slices": mask_slices}
     if given := [name for name, value in beside.items() if value is not None]:
         raise ValueError(f"{' and '.join(given)} must be left out beside magi_key, which says it")
-    total, slices = mask_of_key(key)
-    return total, key.cp_group, slices
+    return mask_of_key(key)
 
 
 def _check_magi(
@@ -258,8 +271,13 @@ def _check_magi(
             raise ValueError(
                 f"{name} must be left at 'auto' with engine='magi', which chooses it, got {value!r}"
             )
-    if not len(blueprint.bands(CAUSAL).lo):
-        raise ValueError("engine='magi' must be given a mask that is not empty")
+    if not slices_of_bands(blueprint.bands(CAUSAL)):
+        raise ValueError("engine='magi' must be given a mask in which some query sees a key")
+    if blueprint.total_tokens < blueprint.cp_size:
+        raise ValueError(
+            f"engine='magi' must be given a token for each of the {blueprint.cp_size} ranks, got "
+            f"total_tokens={blueprint.total_tokens}"
+        )
 
 
 def _dispatched_plan(
@@ -314,6 +332,7 @@ def _agree_on_plan(
         "total_tokens": blueprint.total_tokens,
         "layout": blueprint.layout_name,
         "transport": transport,
+        "MAGI_ATTENTION_… variables": variables() if engine == "magi" else None,
         "cu_seqlens, mask_slices and position_ids (sha256)": blueprint.digest[:16],
     }
     symmetric = known_symmetric_memory(group)
@@ -622,7 +641,9 @@ def _check_arguments(
     """What is to be planned, after the checks that one rank can make alone."""
     total = as_int(total_tokens)
     if total is None:
-        raise TypeError(f"total_tokens must be an int, got {total_tokens!r}")
+        raise TypeError(
+            f"total_tokens must be an int (or be left to magi_key), got {total_tokens!r}"
+        )
     if total < 0:
         raise ValueError(f"total_tokens must be >= 0, got {total_tokens}")
     if not isinstance(layout, str) or layout not in LAYOUTS:

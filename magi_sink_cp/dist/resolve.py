@@ -152,12 +152,14 @@ def resolve(
     plan: CPPlan,
     options: CallOptions,
     requires_grad: tuple[bool, ...],
+    want_lse: bool,
 ) -> Request:
     """The request for a call, found again where one like it was resolved before.
 
     Args:
         sink: with two dimensions or more, as :func:`~magi_sink_cp.kernels.checks.as_sink` gives it.
         requires_grad: of q, k, v and sink.
+        want_lse: the user gets lse.
 
     Raises:
         TypeError, ValueError: an argument is invalid.
@@ -166,14 +168,14 @@ def resolve(
     try:
         traits = tuple((type(x), x.shape, x.dtype, x.layout, x.device) for x in tensors)
     except AttributeError:  # not a tensor
-        return _check_call(q, k, v, sink, plan, options, requires_grad)
+        return _check_call(q, k, v, sink, plan, options, requires_grad, want_lse)
     requests = _requests.get(plan)
     if requests is None:
         requests = _requests[plan] = BoundedCache(256)
-    key = (traits, options, requires_grad)
+    key = (traits, options, requires_grad, want_lse)
     request = requests.get(key)
     if request is None:
-        request = _check_call(q, k, v, sink, plan, options, requires_grad)
+        request = _check_call(q, k, v, sink, plan, options, requires_grad, want_lse)
         requests[key] = request
     return request
 
@@ -186,6 +188,7 @@ def _check_call(
     plan: CPPlan,
     options: CallOptions,
     requires_grad: tuple[bool, ...],
+    want_lse: bool,
 ) -> Request:
     sink = check_tensors(q, k, v, sink, plan, options)
     exact = stat_dtype(q.dtype)
@@ -199,7 +202,7 @@ def _check_call(
         q.shape[-1], options.softmax_scale, False, options.window_size, options.softcap,
         options.deterministic,
     )  # fmt: skip
-    call = CheckedCall(q, k, v, sink, params, options, batch_size)
+    call = CheckedCall(q, k, v, sink, params, options, batch_size, want_lse)
     method = choose_method(plan)
     state = method.resolve(plan, call)
     grad_reduce_dtype = options.grad_reduce_dtype or exact
@@ -229,6 +232,7 @@ def _check_call(
         params=params,
         options=options,
         requires_grad=requires_grad,
+        want_lse=want_lse,
         grad_reduce_dtype=grad_reduce_dtype,
         signature=Signature(FORWARD, record),
     )

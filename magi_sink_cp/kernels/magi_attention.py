@@ -9,7 +9,7 @@ from __future__ import annotations
 import functools
 import importlib
 import importlib.util
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from types import SimpleNamespace
 from typing import Any, NamedTuple, TypeVar
 
@@ -21,6 +21,7 @@ from magi_sink_cp.kernels.protocol import NotUsableError
 GUIDE = "https://github.com/SandAI-org/MagiAttention says how to build it"
 # What this package calls of magi_attention.api.
 _NAMES = (
+    "AttnOverlapMode",
     "AttnRanges",
     "DistAttnConfig",
     "DistAttnRuntimeKey",
@@ -52,9 +53,9 @@ def load() -> Any:
 @functools.cache
 def _load() -> Any:
     """The module, or why there is none."""
-    if importlib.util.find_spec("magi_attention") is None:
-        return f"magi_attention is not installed: {GUIDE}"
     try:
+        if importlib.util.find_spec("magi_attention") is None:
+            return f"magi_attention is not installed: {GUIDE}"
         # Without its extension some versions import, and fail in the first call.
         importlib.import_module("magi_attention.magi_attn_ext")
         api = importlib.import_module("magi_attention.api")
@@ -151,6 +152,9 @@ def _where(condition: Array, one: Array, other: Array) -> Array:
 
 # --- Backward -----------------------------------------------------------------------------------
 
+# Functions of MagiAttention that were seen to save k and v as one tensor.
+_joining: set[object] = set()
+
 
 class Backward:
     """The backward of one of MagiAttention's autograd functions, for an out and lse of ours.
@@ -162,15 +166,19 @@ class Backward:
     known here.
     """
 
-    def __init__(self, out: Tensor, known: Mapping[str, Tensor]) -> None:
+    def __init__(
+        self, out: Tensor, known: Mapping[str, Tensor], objects: Collection[str] = ()
+    ) -> None:
         """Learn from a forward.
 
         Args:
             out: the result, which requires a gradient.
             known: the forward's tensors by name: q, k, v, out, lse, and others.
+            objects: attributes of its context that may be more than numbers and names, as they
+                stay right for other tensors.
 
         Raises:
-            NotUsableError: it saves something else.
+            NotUsableError: it keeps something else for its backward.
         """
         node: Any = out.grad_fn
         self._name = type(node).__name__
@@ -180,6 +188,13 @@ class Backward:
             saved = node.saved_tensors
         except AttributeError as error:
             raise NotUsableError(f"{self._name} is no torch.autograd.Function: {error}") from error
+        for name, value in self._attributes.items():
+            if name not in objects and not _is_plain(value):
+                raise NotUsableError(
+                    f"{self._name} of this magi_attention keeps {name}, a {type(value).__name__}, "
+                    "that is not known here: unset the MAGI_ATTENTION_… variables that change its "
+                    "kernels"
+                )
         self._layout = self._names_of(saved, dict(known))
 
     def _names_of(
@@ -202,13 +217,22 @@ class Backward:
             if x.shape == other.shape and x.data_ptr() == other.data_ptr():
                 return name
         if "k" in known and "v" in known:
-            both = torch.cat([known["k"], known["v"]])
-            if x.shape == both.shape and torch.equal(x, both):
+            k, v = known["k"], known["v"]
+            if x.shape == (len(k) + len(v), *k.shape[1:]) and self._is_joined(x, k, v):
                 return "kv"
         raise NotUsableError(
             f"{self._name} of this magi_attention saves a {x.dtype} {tuple(x.shape)} that is not "
             "known here: unset the MAGI_ATTENTION_… variables that change its backward"
         )
+
+    def _is_joined(self, x: Tensor, k: Tensor, v: Tensor) -> bool:
+        """Whether x is k and v, bit by bit; looked at once for a function."""
+        if self._run not in _joining:
+            both = torch.cat([k, v])
+            if not torch.equal(x.contiguous().view(torch.uint8), both.view(torch.uint8)):
+                return False
+            _joining.add(self._run)
+        return True
 
     def __call__(self, dout: Tensor, tensors: Mapping[str, Tensor]) -> tuple[Tensor, ...]:
         """dq, dk and dv, in the dtypes of q, k and v.
@@ -222,3 +246,10 @@ class Backward:
         grads = self._run(context, dout, None, None)[:3]
         inputs = tensors["q"], tensors["k"], tensors["v"]
         return tuple(grad.to(x.dtype) for grad, x in zip(grads, inputs, strict=True))
+
+
+def _is_plain(value: object) -> bool:
+    """Whether a value says the same for every call: a number, a name, a dtype, or several."""
+    if isinstance(value, (tuple, list)):
+        return all(map(_is_plain, value))
+    return value is None or isinstance(value, (bool, int, float, str, torch.dtype))

@@ -62,7 +62,7 @@ def cp_attention(
 
     def make_request() -> Request:
         as_flag("return_lse", want_lse)
-        return resolve(q, k, v, sink, plan, make_call_options(plan, *options), grads)
+        return resolve(q, k, v, sink, plan, make_call_options(plan, *options), grads, want_lse)
 
     if not is_watched((q, k, v, sink)):
         request = agree_on_forward(plan, make_request, always_compare)
@@ -188,7 +188,7 @@ def _forward_from_op(
 
     def make_request() -> Request:
         refuse_forward_mode("attention with sinks")
-        return resolve(q, k, v, sink, plan, options, tuple(requires_grad))
+        return resolve(q, k, v, sink, plan, options, tuple(requires_grad), want_lse)
 
     request = agree_on_forward(plan, make_request, options.always_compare)
     out, lse = _forward(request, q, k, v, sink, want_lse)
@@ -213,7 +213,7 @@ def _backward_from_op(
 ) -> list[Tensor]:
     plan, (options, _) = plan_of(handle), split_fields(CallOptions, rest)
     agree_on_backward(plan, int(number), options.always_compare)
-    request = resolve(q, k, v, sink, plan, options, tuple(requires_grad))
+    request = resolve(q, k, v, sink, plan, options, tuple(requires_grad), want_lse)
     return _backward(request, dout, dlse, q, k, v, sink, out, lse, needs_dsink)
 
 
@@ -276,7 +276,7 @@ class _CPAttention(torch.autograd.Function):
             number = torch.tensor(ctx.number, dtype=torch.int64, device="cpu")
             grads = _backward_op(
                 dout, dlse, out, lse, number, needs_dsink, q, k, v, sink, ctx.plan.handle,
-                list(request.requires_grad), True, *request.options,
+                list(request.requires_grad), request.want_lse, *request.options,
             )  # fmt: skip
         else:
             agree_on_backward(ctx.plan, ctx.number, request.options.always_compare)

@@ -7,12 +7,17 @@ runs the same body on MagiAttention itself.
 from __future__ import annotations
 
 import os
+from functools import partial
 from unittest import mock
 
 import pytest
 import torch
 import torch.distributed as dist
-from torch.utils.checkpoint import checkpoint
+from torch.utils.checkpoint import (
+    CheckpointPolicy,
+    checkpoint,
+    create_selective_checkpoint_contexts,
+)
 
 from magi_sink_cp import cp_attention_with_sink, make_cp_blueprint, make_cp_plan, masks
 from magi_sink_cp.dist import magi_engine
@@ -88,6 +93,9 @@ def check(
 
     q, k, v = (draw(total, heads, head_dim).to(dtype) for heads in (4, 2, 2))
     weight, lse_weight = draw(total, 4, head_dim).to(dtype), draw(4, total)
+    if plan.cp_size > 1:  # each rank's of another magnitude, and none of the last one's
+        loud = torch.tensor([8.0**rank for rank in range(plan.cp_size - 1)] + [0.0], device=device)
+        lse_weight *= plan.unshard(loud[plan.rank].expand(plan.local_tokens).contiguous())
     sink = None
     if number:
         sink = draw(number, 4) if layout == "sh" else draw(total, number, 4)
@@ -102,7 +110,7 @@ def check(
     own_sink = None
     if sink is not None:
         own_sink = plan.shard(sink.detach()) if layout == "ssh" else sink.detach().clone()
-        own_sink.requires_grad_()
+        own_sink = torch.nn.Parameter(own_sink)
     shared = layout == "sh" and sink is not None
     out, lse = (attend or cp_attention_with_sink)(
         *local, own_sink, plan=plan, sink_layout=layout, return_lse=True,
@@ -165,6 +173,16 @@ def check_options(group, device, dtype, tolerance, head_dim) -> None:
     check(*rest, ("sh", 2, 1.0, None), attend=checkpointed)
     compiled = torch.compile(cp_attention_with_sink, backend="aot_eager", fullgraph=True)
     check(*rest, ("sh", 3, 1.0, None), attend=compiled)
+    for policy in (CheckpointPolicy.MUST_SAVE, CheckpointPolicy.PREFER_RECOMPUTE):
+
+        def selective(q, k, v, sink, policy=policy, **arguments):
+            contexts = partial(create_selective_checkpoint_contexts, lambda *_, **__: policy)
+            return checkpoint(
+                cp_attention_with_sink, q, k, v, sink, use_reentrant=False, context_fn=contexts,
+                **arguments,
+            )  # fmt: skip
+
+        check(*rest, ("sh", 2, 1.0, None), attend=selective)
     for window in (30, 7):
         slices = masks.sliding_window(OFFSETS, window)
         sinks = "ssh", 1, 1.0, None
@@ -193,6 +211,41 @@ def check_options(group, device, dtype, tolerance, head_dim) -> None:
     torch.testing.assert_close(grads[3], dsink, rtol=1e-4, atol=1e-4)
     with torch.no_grad():
         assert torch.equal(cp_attention_with_sink(*samples, sink, plan=plan), out)
+
+
+@pytest.mark.parametrize("engine", ["native", "magi"])
+def test_a_loss_that_reaches_lse_on_one_rank_alone(engine):
+    run_on_ranks(2, body_lonely, engine=engine)
+
+
+def body_lonely(group, device, *, engine) -> None:
+    with magi_twin.installed():
+        check_lonely_lse(group, device, engine, torch.float64, 1e-9, 16)
+
+
+def check_lonely_lse(group, device, engine, dtype, tolerance, head_dim) -> None:
+    """The others know nothing of it; they take part. NaN in a key is no reason to stop."""
+    plan = make_cp_plan(203, group=group, engine=engine)
+    generator = torch.Generator().manual_seed(0)
+    tensors = [
+        torch.randn(203, h, head_dim, generator=generator).to(device, dtype) for h in (4, 2, 2)
+    ]
+    exact = [x.double().requires_grad_() for x in tensors]
+    mask = torch.ones(203, 203, device=device).tril().bool()
+    out, lse = reference_attention(*exact, None, mask)
+    mine = plan.unshard((plan.token_mask & (plan.rank == 0)).double())
+    expected = torch.autograd.grad((out**2).sum() + (lse * mine).sum(), exact)
+    local = [plan.shard(x).requires_grad_() for x in tensors]
+    out, lse = cp_attention_with_sink(*local, plan=plan, return_lse=True)
+    loss = (out.double() ** 2).sum()
+    if plan.rank == 0:
+        loss = loss + lse.double().sum()
+    for grad, truth in zip(torch.autograd.grad(loss, local), expected, strict=True):
+        error = (plan.unshard(grad).double() - truth).norm() / truth.norm()
+        assert error < tolerance, error
+    plan = make_cp_plan(203, group=group, engine=engine)
+    local[1] = torch.full_like(local[1], torch.nan if plan.rank else 0.0).requires_grad_()
+    cp_attention_with_sink(*local, plan=plan).sum().backward()
 
 
 OPERATIONS = [None, "none", "sum", "avg"]
@@ -296,7 +349,8 @@ def check_refusals(group, device, dtype, head_dim) -> None:
     for wrong, message in (
         ({"layout": "zigzag"}, "layout must be left at 'auto' with engine='magi'"),
         ({"transport": "nccl"}, "transport must be left at 'auto' with engine='magi'"),
-        ({"mask_slices": []}, "engine='magi' must be given a mask that is not empty"),
+        ({"mask_slices": []}, "must be given a mask in which some query sees a key"),
+        ({"mask_slices": [((0, 4), (0, 2), "bi_causal")]}, "in which some query sees a key"),
         ({"engine": "megatron"}, "engine must be 'auto' or one of"),
     ):
         with pytest.raises(ValueError, match=message):

@@ -64,6 +64,33 @@ def body_key(group, device) -> None:
 
 @needs_magi
 @pytest.mark.gpu(ranks=2)
+def test_a_loss_that_reaches_lse_on_one_rank_alone():
+    run_on_ranks(2, body_lonely, "cuda")
+
+
+def body_lonely(group, device) -> None:
+    engine_tests.check_lonely_lse(group, device, "magi", *EXACT)
+
+
+@needs_magi
+def test_why_its_own_sinks_are_not_used():
+    """A sink of 100 is inf in its lse, and one of -100 is gone."""
+    q = torch.randn(64, 2, 64, device="cuda", dtype=torch.bfloat16)
+    ranges = torch.tensor([[0, 64]], dtype=torch.int32, device="cuda")
+    kinds = torch.tensor([magi_attention.CAUSAL], dtype=torch.int32, device="cuda")
+    lses = {}
+    for value in (None, 100.0, -100.0):
+        sink = None if value is None else torch.full((1, 2), value, device="cuda")
+        _, meta = magi_attention.load().flex_flash_attn_func(
+            q, q, q, ranges, ranges, kinds, sink=sink
+        )
+        lses[value] = meta.lse
+    assert lses[100.0].isinf().all()
+    assert torch.equal(lses[-100.0], lses[None])
+
+
+@needs_magi
+@pytest.mark.gpu(ranks=2)
 def test_what_it_refuses():
     run_on_ranks(2, body_refusals, "cuda")
 

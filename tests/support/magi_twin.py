@@ -32,9 +32,18 @@ class AttnRanges(list):
         return AttnRanges(SimpleNamespace(start=a, end=b) for a, b in ranges)
 
 
+AttnOverlapMode = SimpleNamespace(STATIC="static", DYNAMIC="dynamic")
+
+
 @dataclass(frozen=True)
 class OverlapConfig:
+    mode: str = "static"
     degree: int | None = 1
+    max_num_chunks: int = 64
+
+    def __post_init__(self):
+        assert self.mode == "static"
+        assert self.degree <= self.max_num_chunks
 
 
 @dataclass(frozen=True)
@@ -49,6 +58,7 @@ class DistAttnRuntimeKey:
     k_ranges: AttnRanges
     attn_mask_type: tuple[Any, ...]
     total_seqlen_q: int
+    total_seqlen_k: int
     num_heads_q: int
     num_heads_kv: int
     head_dim: int
@@ -67,6 +77,7 @@ def magi_attn_flex_key(
     assert (pad_size, total_seqlen_k) == (0, total_seqlen_q)
     ranks = dist.get_world_size(cp_group_or_mesh)
     size = -(-total_seqlen_q // (8 * ranks))
+    assert -(-total_seqlen_q // size) >= ranks
     padded = -(-total_seqlen_q // (size * ranks)) * size * ranks
     every = range(padded // size)
     # The last chunk goes to the first rank: padding is then at the end of several ranks.
@@ -75,7 +86,7 @@ def magi_attn_flex_key(
     ]
     return DistAttnRuntimeKey(
         *_padded(q_ranges, k_ranges, attn_mask_type, total_seqlen_q, padded - total_seqlen_q),
-        padded, num_heads_q, num_heads_kv, head_dim, padded - total_seqlen_q, size,
+        padded, padded, num_heads_q, num_heads_kv, head_dim, padded - total_seqlen_q, size,
         cp_group_or_mesh, dist_attn_config or DistAttnConfig(), chunks=chunks,
     )  # fmt: skip
 
@@ -102,8 +113,8 @@ def make_flex_key_for_new_mask_after_dispatch(
     dist.barrier(key.cp_group)  # making a key communicates
     return DistAttnRuntimeKey(
         *_padded(q_ranges, k_ranges, attn_mask_type, total, key.pad_size),
-        key.total_seqlen_q, num_heads_q, num_heads_kv, head_dim, key.pad_size, key.chunk_size,
-        key.cp_group, dist_attn_config, chunks=key.chunks,
+        key.total_seqlen_q, key.total_seqlen_k, num_heads_q, num_heads_kv, head_dim, key.pad_size,
+        key.chunk_size, key.cp_group, dist_attn_config, chunks=key.chunks,
     )  # fmt: skip
 
 
@@ -240,6 +251,7 @@ def calc_attn(q, k, v, key, sink=None, softmax_scale=None, softcap=0.0):
 
 
 API = SimpleNamespace(
+    AttnOverlapMode=AttnOverlapMode,
     AttnRanges=AttnRanges,
     DistAttnConfig=DistAttnConfig,
     DistAttnRuntimeKey=DistAttnRuntimeKey,
@@ -256,7 +268,12 @@ API = SimpleNamespace(
 def installed() -> Iterator[Any]:
     """The twin in the place of magi_attention.api, on the CPU."""
     with contextlib.ExitStack() as stack:
-        stack.enter_context(mock.patch.object(registry, "_unavailable", return_value=None))
+        unavailable = registry._unavailable
+
+        def reason(backend):
+            return None if backend.name == "ffa" else unavailable(backend)
+
+        stack.enter_context(mock.patch.object(registry, "_unavailable", reason))
         for name, value in {
             "load": lambda: API,
             "missing_gpu": lambda: None,

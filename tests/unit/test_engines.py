@@ -42,7 +42,7 @@ PACKAGES = {
     "that fails": ({"__init__.py": "raise RuntimeError('no GPU')"}, "RuntimeError: no GPU"),
     "of another time": (
         {"__init__.py": "", "magi_attn_ext.py": "", "api.py": "AttnRanges = 1"},
-        "magi_attention.api has no DistAttnConfig",
+        "magi_attention.api has no AttnOverlapMode",
     ),
 }  # fmt: skip
 
@@ -107,8 +107,8 @@ def test_the_padding_of_a_key_is_no_part_of_its_mask():
         return [SimpleNamespace(start=a, end=b) for a, b in pairs]
 
     key = SimpleNamespace(
-        total_seqlen_q=12, pad_size=2, q_ranges=ranges((0, 4), (4, 10), (10, 12)),
-        k_ranges=ranges((0, 4), (2, 10), (0, 0)),
+        total_seqlen_q=12, total_seqlen_k=12, uneven_shard=False, pad_size=2,
+        q_ranges=ranges((0, 4), (4, 10), (10, 12)), k_ranges=ranges((0, 4), (2, 10), (0, 0)),
         attn_mask_type=[SimpleNamespace(value=kind) for kind in ("causal", "bi_causal", "full")],
     )  # fmt: skip
     assert mask_of_key(key) == (10, [((0, 4), (0, 4), "causal"), ((4, 10), (2, 10), "bi_causal")])
@@ -146,6 +146,10 @@ def test_a_backward_runs_on_the_out_and_lse_that_it_is_given(joined):
         Backward(out, {name: x for name, x in known.items() if name != "lse"})
     with pytest.raises(NotUsableError, match=r"is no torch.autograd.Function"):
         Backward(out.exp(), known)
+    out.grad_fn.mask = object()  # of this call
+    with pytest.raises(NotUsableError, match="keeps mask, a object, that is not known here"):
+        Backward(out, known)
+    Backward(out, known, objects=("mask",))
 
 
 # --- The backend ffa, on a twin of its kernel ---------------------------------------------------

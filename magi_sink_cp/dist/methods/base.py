@@ -54,7 +54,8 @@ class CallOptions(NamedTuple):
 class CheckedCall(NamedTuple):
     """A call whose tensors and options have been checked against each other and the plan.
 
-    q is (T, H, D) or (B, T, H, D); ``sink`` has two dimensions or more.
+    q is (T, H, D) or (B, T, H, D); ``sink`` has two dimensions or more; ``want_lse``: the user gets
+    lse, whose gradient may come.
     """
 
     q: Tensor
@@ -64,6 +65,7 @@ class CheckedCall(NamedTuple):
     params: AttentionParams
     options: CallOptions
     batch_size: int
+    want_lse: bool
 
 
 class MethodState(Protocol):
@@ -86,6 +88,7 @@ class Request:
         batch_size: samples; 1 without a batch.
         params: mask and scores, as the kernels take them.
         options, requires_grad: what was resolved; of q, k, v and sink.
+        want_lse: the user gets lse.
         grad_reduce_dtype: in which dk and dv of several ranks are added.
         signature: what the ranks compare.
     """
@@ -100,6 +103,7 @@ class Request:
     params: AttentionParams
     options: CallOptions
     requires_grad: tuple[bool, ...]
+    want_lse: bool
     grad_reduce_dtype: torch.dtype
     signature: Signature
 

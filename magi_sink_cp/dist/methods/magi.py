@@ -13,16 +13,19 @@ logits beyond ±87 are lost, and its gradient follows an environment variable (d
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 
+from magi_sink_cp.dist.guard.watchdog import Communication
 from magi_sink_cp.dist.magi_engine import (
     DETERMINISTIC,
     EXACT_REDUCE,
+    KEPT_KEYS,
     MagiDispatch,
     Sizes,
     is_set,
@@ -34,13 +37,13 @@ from magi_sink_cp.dist.methods.lanes import Lanes
 from magi_sink_cp.dist.plan import CPPlan
 from magi_sink_cp.dist.planning.mask import Slice
 from magi_sink_cp.kernels import magi_attention
-from magi_sink_cp.kernels.backends.flash import split_dlse
+from magi_sink_cp.kernels.backends.flash import peak_of, split_dlse
 from magi_sink_cp.kernels.magi_attention import Backward
 from magi_sink_cp.kernels.merge import merge
 from magi_sink_cp.kernels.protocol import AttentionParams, Partial, stat_dtype
 
 
-@dataclass
+@dataclass(frozen=True)
 class MagiState:
     """What the method keeps for one kind of call.
 
@@ -48,19 +51,32 @@ class MagiState:
         dispatch: of the plan.
         slices: the mask.
         sizes, overlap_degree: of the key; None is what the plan's key says.
-        learned: the backward, from the first forward that needs gradients.
+        kind: what the backward of such calls depends on, besides tensors.
+        want_lse: the user gets lse.
+        reduces_in: the dtype in which dk and dv of several ranks are added.
     """
 
     dispatch: MagiDispatch
     slices: tuple[Slice, ...]
     sizes: Sizes
     overlap_degree: int | None
-    learned: Backward | None = field(default=None)
+    kind: tuple[object, ...]
+    want_lse: bool
+    reduces_in: torch.dtype
 
     @property
     def record(self) -> Mapping[str, object]:
         degree = "of the plan's key" if self.overlap_degree is None else self.overlap_degree
-        return {"overlap_degree": degree, "slices": len(self.slices)}
+        return {
+            "overlap_degree": degree,
+            "grad_reduce_dtype": str(self.reduces_in),
+            "return_lse": self.want_lse,  # its gradient takes communication of its own
+        }
+
+    @property
+    def learned(self) -> Backward | None:
+        """The backward, once a forward that needs gradients has been seen."""
+        return self.dispatch.learned.get(self.kind)
 
     def attend(
         self, q: Tensor, k: Tensor, v: Tensor, params: AttentionParams, learn: bool
@@ -73,12 +89,22 @@ class MagiState:
         with torch.set_grad_enabled(learn), saved_tensors_hooks(_same, _same):
             if learn:
                 leaves = [x.requires_grad_() for x in leaves]
-            out, meta = magi_attention.load().calc_attn(
-                *leaves, key, softmax_scale=params.softmax_scale, softcap=params.softcap
-            )
+            try:
+                out, meta = magi_attention.load().calc_attn(
+                    *leaves, key, softmax_scale=params.softmax_scale, softcap=params.softcap
+                )
+            except ValueError as error:
+                if "does not exist" not in str(error):
+                    raise
+                raise RuntimeError(
+                    "MagiAttention has dropped the key of this plan: it keeps the latest ones of a "
+                    f"group, 1,000 unless {KEPT_KEYS} says another number, until clear_cache(). "
+                    "Make the plan again"
+                ) from error
         if learn:
-            names = ("q", "k", "v", "out", "lse")
-            self.learned = Backward(out, dict(zip(names, (*leaves, out, meta.lse), strict=True)))
+            known = dict(zip(("q", "k", "v", "out", "lse"), (*leaves, out, meta.lse), strict=True))
+            learned = Backward(out, known, objects=("dist_attn_runtime",))
+            self.dispatch.learned[self.kind] = learned
         return out.detach(), meta.lse.detach()
 
 
@@ -97,11 +123,7 @@ class MagiAttention(Method):
                 "backend must be 'auto' or 'ffa' with engine='magi', whose kernels are its own, "
                 f"got {options.backend!r}"
             )
-        if options.deterministic and not is_set(DETERMINISTIC):
-            raise ValueError(
-                f"deterministic=True must come with {DETERMINISTIC}=1 in the environment with "
-                "engine='magi', which takes it from there when a plan is made"
-            )
+        _check_deterministic(options.deterministic)
         reduces_in = stat_dtype(q.dtype) if is_set(EXACT_REDUCE) else q.dtype
         if plan.cp_size > 1 and options.grad_reduce_dtype not in (None, reduces_in):
             raise ValueError(
@@ -110,13 +132,15 @@ class MagiAttention(Method):
                 f"got {options.grad_reduce_dtype}"
             )
         slices = slices_of_bands(plan.blueprint.bands(call.params.window_size))
-        sizes = Sizes(q.shape[-2], k.shape[-2], q.shape[-1])
-        return MagiState(plan.dispatch, slices, sizes, options.overlap_degree)
+        sizes, degree = Sizes(q.shape[-2], k.shape[-2], q.shape[-1]), options.overlap_degree
+        kind = slices, sizes, degree, call.params, q.dtype
+        return MagiState(plan.dispatch, slices, sizes, degree, kind, call.want_lse, reduces_in)
 
     def forward(
         self, request: Request, q: Tensor, k: Tensor, v: Tensor, sink: Tensor | None, want_lse: bool
     ) -> tuple[Tensor, Tensor]:
         state: MagiState = request.state
+        _check_deterministic(request.options.deterministic)
         learn = state.learned is None and any(request.requires_grad)
         q, k, v = _ready(request, q, k, v)
         parts = []
@@ -148,14 +172,17 @@ class MagiAttention(Method):
         assert run is not None, "a forward that needs gradients has learned it"
         q, k, v, dout = _ready(request, q, k, v, dout)
         out, rows_lse = out.contiguous(), lse.t().contiguous()
+        peak = _agreed_peak(request, dlse, lse)
+        if peak is not None and dlse is None:
+            dlse = torch.zeros_like(lse)
         parts = []
         for rows in _samples(request):
             tensors = {
                 "q": q[rows], "k": k[rows], "v": v[rows], "out": out[rows], "lse": rows_lse[rows],
             }  # fmt: skip
             dq, dk, dv = run(dout[rows], tensors)
-            if dlse is not None:
-                scale, split_out, split_dout = split_dlse(dlse[:, rows], out[rows])
+            if peak is not None and dlse is not None:
+                scale, split_out, split_dout = split_dlse(dlse[:, rows], out[rows], peak)
                 tensors |= {"v": torch.zeros_like(tensors["v"]), "out": split_out}
                 dq_share, dk_share, _ = run(split_dout, tensors)
                 dq = (dq + dq_share.to(lse.dtype) / scale).to(q.dtype)
@@ -163,6 +190,38 @@ class MagiAttention(Method):
             parts.append((dq, dk, dv))
         dq, dk, dv = (_joined([part[i] for part in parts]).contiguous() for i in range(3))
         return dq, dk, dv, None if dsink is None else dsink.result()
+
+
+def _check_deterministic(deterministic: bool) -> None:
+    if deterministic and not is_set(DETERMINISTIC):
+        raise ValueError(
+            f"deterministic=True must come with {DETERMINISTIC}=1 in the environment with "
+            "engine='magi', which takes it from there, when a plan is made and in every call"
+        )
+
+
+def _agreed_peak(request: Request, dlse: Tensor | None, lse: Tensor) -> Tensor | None:
+    """The largest |dlse| of all ranks; None if no rank has a gradient of lse.
+
+    A second backward call gives the share of dlse, and adds up dk over the ranks: all of them must
+    make it, with one scale. That a rank's loss does not reach lse is known to it alone.
+    """
+    if request.cp_size == 1 or request.group is None:
+        return None if dlse is None else peak_of(dlse)
+    if not request.want_lse:
+        return None
+    both = lse.new_zeros(2)
+    if dlse is not None:
+        both = torch.stack([lse.new_ones(()), peak_of(dlse)])
+    group = request.group()
+    agreement = Communication(
+        "backward of cp_attention_with_sink: all-reduce of the largest gradient of lse",
+        group,
+        both.is_cuda,
+        lambda: [dist.all_reduce(both, op=dist.ReduceOp.MAX, group=group, async_op=True)],
+    )
+    agreement.wait()
+    return both[1] if both[0] > 0 else None  # which waits for the GPU
 
 
 def _same(x: Tensor) -> Tensor:

@@ -104,7 +104,7 @@ class NoLseGradientBackend(FlashBackend):
         grads = self._kernel_backward(dout, q, k, v, saved, request, into)
         if dlse is None:
             return grads
-        scale, split_out, split_dout = split_dlse(dlse, saved.out)
+        scale, split_out, split_dout = split_dlse(dlse, saved.out, peak_of(dlse))
         request = replace(request, params=request.params._replace(dropout_p=0.0))
         no_values = torch.zeros_like(v)
         split = Partial(split_out, saved.lse)
@@ -119,7 +119,12 @@ class NoLseGradientBackend(FlashBackend):
         return store(Gradients(dq, dk, grads.dv, grads.delta), into)
 
 
-def split_dlse(dlse: Tensor, out: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def peak_of(dlse: Tensor) -> Tensor:
+    """0-dim: the largest finite |dlse|."""
+    return dlse.abs().nan_to_num(nan=0.0, posinf=0.0).amax()
+
+
+def split_dlse(dlse: Tensor, out: Tensor, peak: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """(scale, out, dout) by which a backward without dlse gives scale times the share of dlse.
 
     Kernels that take no dlse compute delta = Σ_d dout·out from their inputs. A call with v = 0 has
@@ -127,9 +132,9 @@ def split_dlse(dlse: Tensor, out: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     dS = P∘dlse: exactly the share of dlse.
 
     Three channels of an 8-bit or 11-bit mantissa hold every bit of an fp32 number. dlse is first
-    scaled to at most 2, because fp16 holds neither 1e-9 nor 1e5.
+    scaled to at most 2, because fp16 holds neither 1e-9 nor 1e5. ``peak`` is the largest |dlse| of
+    all that is scaled alike.
     """
-    peak = dlse.abs().nan_to_num(nan=0.0, posinf=0.0).amax()
     scale = torch.exp2(-torch.log2(peak).floor().clamp(-126, 126))
     split_out, split_dout = torch.zeros_like(out), torch.zeros_like(out)
     split_dout[..., :3] = 1
