@@ -641,9 +641,7 @@ def _check_arguments(
     """What is to be planned, after the checks that one rank can make alone."""
     total = as_int(total_tokens)
     if total is None:
-        raise TypeError(
-            f"total_tokens must be an int (or be left to magi_key), got {total_tokens!r}"
-        )
+        raise TypeError(f"total_tokens must be an int, got {total_tokens!r}")
     if total < 0:
         raise ValueError(f"total_tokens must be >= 0, got {total_tokens}")
     if not isinstance(layout, str) or layout not in LAYOUTS:
