@@ -216,7 +216,7 @@ def body_steps(group, device, *, overlap_degree) -> None:
     )
     sink = torch.randn(1, HEADS, device=device, requires_grad=True)
     used = []
-    for step in range(300):
+    for step in range(200):
         window_size = (9, 0) if step % 2 else (-1, -1)
         arguments = {
             "plan": plan,
@@ -227,7 +227,7 @@ def body_steps(group, device, *, overlap_degree) -> None:
         out = cp_attention_with_sink(q, k, v, sink, **arguments)
         torch.autograd.grad(out, (q, k, v, sink), torch.ones_like(out))
         del out
-        if step % 60 == 59:
+        if step % 40 == 39:
             gc.collect()
             if device.type == "cuda":
                 torch.cuda.synchronize()

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import ast
 import importlib.util
+import multiprocessing
+import os
 import re
+import runpy
 import shlex
 import subprocess
 import sys
@@ -43,16 +46,30 @@ def test_examples_run(name, tmp_path):
             pytest.skip(f"{package} is not installed")
     script = tmp_path / "example.py"
     script.write_text(PYTHON[name])
-    launchers = [[]]
+    process = SERVER.Process(target=run_example, args=(script,))
+    process.start()
+    process.join()
+    assert process.exitcode == 0, script.with_suffix(".txt").read_text()
     if "init_process_group" in PYTHON[name]:
         ranks = 1 if torch.cuda.device_count() == 1 else 2
-        launchers.append(
-            ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
-        )
-    for launcher in launchers:
+        launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
         command = [sys.executable, *launcher, str(script)]
         result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
         assert result.returncode == 0, result.stderr
+
+
+# Its processes begin with the package imported, which takes seconds.
+SERVER = multiprocessing.get_context("forkserver")
+SERVER.set_forkserver_preload(["magi_sink_cp"])
+
+
+def run_example(script: Path) -> None:
+    """As a script, with what it prints in a file beside it."""
+    with script.with_suffix(".txt").open("w") as file:
+        for stream in (1, 2):
+            os.dup2(file.fileno(), stream)
+        os.chdir(ROOT)
+        runpy.run_path(str(script), run_name="__main__")
 
 
 def commands() -> list[str]:
