@@ -20,7 +20,7 @@ from torch.distributed import ProcessGroup
 
 from magi_sink_cp.dist.guard.agreement import GroupRef, all_gather, group_device
 from magi_sink_cp.dist.planning.layout import RankRanges, union
-from magi_sink_cp.dist.planning.mask import SLICE_TYPES, Bands, Slice
+from magi_sink_cp.dist.planning.mask import SLICE_TYPES, Bands, Slice, Window
 from magi_sink_cp.kernels import magi_attention
 from magi_sink_cp.kernels.magi_attention import Backward
 from magi_sink_cp.kernels.protocol import NotUsableError
@@ -117,37 +117,44 @@ class MagiDispatch:
         self._keys: dict[object, Any] = {}
         self.learned: dict[object, Backward] = {}
 
-    def key_for(self, slices: tuple[Slice, ...], sizes: Sizes, overlap_degree: int | None) -> Any:
+    def key_for(
+        self, window: Window, slices: tuple[Slice, ...], sizes: Sizes, overlap_degree: int | None
+    ) -> Any:
         """The key for a mask on this layout. Every rank must ask for the same, in one order.
 
-        ``overlap_degree`` is None where the first key's config says it.
+        Args:
+            window: tells the masks of one plan apart.
+            slices: the mask.
+            overlap_degree: None is what the first key's config says.
         """
         _latest_sizes[self._group()] = sizes
+        asked = window, sizes, overlap_degree
+        found = self._keys.get(asked)
+        if found is None:
+            found = self._keys[asked] = self._make_key(slices, sizes, overlap_degree)
+        return found
+
+    def _make_key(self, slices: tuple[Slice, ...], sizes: Sizes, overlap_degree: int | None) -> Any:
         own = Sizes(self.key.num_heads_q, self.key.num_heads_kv, self.key.head_dim)
         if overlap_degree is None and (slices, sizes) == (self._slices, own):
             return self.key
-        asked = slices, sizes, overlap_degree
-        found = self._keys.get(asked)
-        if found is None:
-            api = magi_attention.load()
-            config = self.key.dist_attn_config
-            if overlap_degree is not None:
-                overlap = dataclasses.replace(
-                    config.overlap_config,
-                    degree=overlap_degree,
-                    mode=api.AttnOverlapMode.STATIC,
-                    max_num_chunks=max(config.overlap_config.max_num_chunks, overlap_degree),
-                )
-                config = dataclasses.replace(config, overlap_config=overlap)
-            found = self._keys[asked] = api.make_flex_key_for_new_mask_after_dispatch(
-                *_as_ranges(slices),
-                self.key,
-                num_heads_q=sizes.heads,
-                num_heads_kv=sizes.heads_kv,
-                head_dim=sizes.head_dim,
-                dist_attn_config=config,
+        api, config = magi_attention.load(), self.key.dist_attn_config
+        if overlap_degree is not None:
+            overlap = dataclasses.replace(
+                config.overlap_config,
+                degree=overlap_degree,
+                mode=api.AttnOverlapMode.STATIC,
+                max_num_chunks=max(config.overlap_config.max_num_chunks, overlap_degree),
             )
-        return found
+            config = dataclasses.replace(config, overlap_config=overlap)
+        return api.make_flex_key_for_new_mask_after_dispatch(
+            *_as_ranges(slices),
+            self.key,
+            num_heads_q=sizes.heads,
+            num_heads_kv=sizes.heads_kv,
+            head_dim=sizes.head_dim,
+            dist_attn_config=config,
+        )
 
 
 def dispatch(total_tokens: int, slices: Sequence[Slice], group: ProcessGroup) -> MagiDispatch:

@@ -83,7 +83,9 @@ class MagiState:
     ) -> tuple[Tensor, Tensor]:
         """calc_attn of one sample, without a sink: out (T, H, D) and lse (T, H)."""
         # Made here, after the ranks have compared their arguments: it communicates.
-        key = self.dispatch.key_for(self.slices, self.sizes, self.overlap_degree)
+        key = self.dispatch.key_for(
+            params.window_size, self.slices, self.sizes, self.overlap_degree
+        )
         leaves = [x.detach() for x in (q, k, v)]
         # Hooks that are there, as checkpoint's, would hide what is saved.
         with torch.set_grad_enabled(learn), saved_tensors_hooks(_same, _same):
@@ -133,7 +135,7 @@ class MagiAttention(Method):
             )
         slices = slices_of_bands(plan.blueprint.bands(call.params.window_size))
         sizes, degree = Sizes(q.shape[-2], k.shape[-2], q.shape[-1]), options.overlap_degree
-        kind = slices, sizes, degree, call.params, q.dtype
+        kind = sizes, degree, call.params, q.dtype  # the window stands for the mask
         return MagiState(plan.dispatch, slices, sizes, degree, kind, call.want_lse, reduces_in)
 
     def forward(
