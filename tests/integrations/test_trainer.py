@@ -49,9 +49,9 @@ def expected(tmp_path_factory):
 
 def test_curves(tmp_path, expected):
     """cp 2 with FSDP2, checkpointing, accumulation, and an evaluation whose last batch is not full;
-    and again from its checkpoint.
+    and, in `make integrations`, again from its checkpoint.
     """
-    for options in ([], ["resume"]):
+    for options in ([], ["resume"]) if "INTEGRATIONS" in os.environ else ([],):
         for ours, theirs in zip(run_job(2, 2, tmp_path, *options), expected, strict=True):
             assert ours == pytest.approx(theirs, rel=1e-5)
 
