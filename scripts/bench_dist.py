@@ -44,6 +44,7 @@ from torch import Tensor
 from torch._C._autograd import DeviceType
 
 from magi_sink_cp import CPPlan, cp_attention_with_sink, engines, make_cp_plan, masks
+from magi_sink_cp.dist.magi_engine import as_ranges
 from magi_sink_cp.dist.planning import cost
 from magi_sink_cp.dist.planning.layout import LAYOUTS
 from magi_sink_cp.dist.planning.mask import CAUSAL, Slice, bands_of_documents
@@ -151,13 +152,11 @@ def magi_peers(slices: list[Slice], leaves: tuple[Tensor, ...], dout: Tensor) ->
     q, k, v, sink = leaves
     api = magi_attention.load()
     tokens = q.shape[0] * dist.get_world_size()
-    queries, keys, kinds = zip(*slices, strict=True)
     found: dict[str, Variant] = {}
     for degree in (1, 0, 2) if tokens < 131072 else (1,):
         config = api.DistAttnConfig(overlap_config=api.OverlapConfig(degree=degree))
         key = api.magi_attn_flex_key(
-            *(api.AttnRanges.from_ranges([list(span) for span in x]) for x in (queries, keys)),
-            list(kinds), tokens, tokens, HEADS, HEADS_KV, q.shape[-1], 0, dist.group.WORLD,
+            *as_ranges(slices), tokens, tokens, HEADS, HEADS_KV, q.shape[-1], 0, dist.group.WORLD,
             dist_attn_config=config,
         )  # fmt: skip
         assert key.pad_size == 0, "these numbers of tokens need no padding"

@@ -19,10 +19,8 @@ from bench_masks import BLOCK, PREFIX, passes
 from benchlib import HEADS, HEADS_KV, Row, draw, measure, rounds_for, summary
 
 from magi_sink_cp import attention_with_sink, masks
-from magi_sink_cp.dist.planning.mask import Slice
+from magi_sink_cp.dist.planning.mask import SLICE_TYPES, Slice
 from magi_sink_cp.kernels import magi_attention
-
-TYPES = ("full", "causal", "inv_causal", "bi_causal")
 
 
 def run(args: argparse.Namespace) -> Iterator[list[Row]]:
@@ -65,7 +63,7 @@ def rows_of(
     inputs = (q[None], k[None], v[None], sink) if dense else (q, k, v, sink)
     attend: Callable[[], Any] = functools.partial(attention_with_sink, *inputs, **arguments)
     queries, keys, kinds = zip(*slices, strict=True)
-    numbers = [TYPES.index(kind) for kind in kinds]
+    numbers = [SLICE_TYPES.index(kind) for kind in kinds]
     ranges = [torch.tensor(x, dtype=torch.int32, device="cuda") for x in (queries, keys, numbers)]
     spans = sorted(queries)
     api = magi_attention.load()

@@ -19,8 +19,9 @@ import torch
 from torch.distributed import ProcessGroup
 
 from magi_sink_cp.dist.guard.agreement import GroupRef, all_gather, group_device
+from magi_sink_cp.dist.planning.blueprint import CPBlueprint
 from magi_sink_cp.dist.planning.layout import RankRanges, union
-from magi_sink_cp.dist.planning.mask import SLICE_TYPES, Bands, Slice, Window
+from magi_sink_cp.dist.planning.mask import CAUSAL, SLICE_TYPES, Bands, Slice, Window
 from magi_sink_cp.kernels import magi_attention
 from magi_sink_cp.kernels.magi_attention import Backward
 from magi_sink_cp.kernels.protocol import NotUsableError
@@ -89,8 +90,8 @@ class Sizes(NamedTuple):
     head_dim: int
 
 
-# The sizes of each group's latest call. A plan's first key is made with them, so that the calls
-# need no other one: a plan and its first call then take 62 ms and not 108 (docs/engines.md).
+# The sizes of each group's latest kind of call. A plan's first key is made with them, so that the
+# calls need no other one: a plan and its first call then take 62 ms and not 108 (docs/engines.md).
 _latest_sizes: weakref.WeakKeyDictionary[ProcessGroup, Sizes] = weakref.WeakKeyDictionary()
 _FIRST_SIZES = Sizes(1, 1, 64)
 
@@ -127,7 +128,6 @@ class MagiDispatch:
             slices: the mask.
             overlap_degree: None is what the first key's config says.
         """
-        _latest_sizes[self._group()] = sizes
         asked = window, sizes, overlap_degree
         found = self._keys.get(asked)
         if found is None:
@@ -135,6 +135,7 @@ class MagiDispatch:
         return found
 
     def _make_key(self, slices: tuple[Slice, ...], sizes: Sizes, overlap_degree: int | None) -> Any:
+        _latest_sizes[self._group()] = sizes
         own = Sizes(self.key.num_heads_q, self.key.num_heads_kv, self.key.head_dim)
         if overlap_degree is None and (slices, sizes) == (self._slices, own):
             return self.key
@@ -148,7 +149,7 @@ class MagiDispatch:
             )
             config = dataclasses.replace(config, overlap_config=overlap)
         return api.make_flex_key_for_new_mask_after_dispatch(
-            *_as_ranges(slices),
+            *as_ranges(slices),
             self.key,
             num_heads_q=sizes.heads,
             num_heads_kv=sizes.heads_kv,
@@ -167,7 +168,7 @@ def dispatch(total_tokens: int, slices: Sequence[Slice], group: ProcessGroup) ->
     sizes = _latest_sizes.get(group, _FIRST_SIZES)
     try:
         key = api.magi_attn_flex_key(
-            *_as_ranges(slices),
+            *as_ranges(slices),
             total_seqlen_q=total_tokens,
             total_seqlen_k=total_tokens,
             num_heads_q=sizes.heads,
@@ -212,6 +213,52 @@ def mask_of_key(key: Any) -> tuple[int, list[Slice]]:
     return total, [(q, k, kind) for q, k, kind in slices if q[0] < q[1] and k[0] < k[1]]
 
 
+def what_key_says(
+    key: Any, total_tokens: object, group: object, mask_slices: object
+) -> tuple[int, list[Slice]]:
+    """total_tokens and the mask that a key says.
+
+    Raises:
+        ValueError: one of these arguments is given too, or no plan can follow the key.
+    """
+    beside = {"total_tokens": total_tokens, "group": group, "mask_slices": mask_slices}
+    if given := [name for name, value in beside.items() if value is not None]:
+        raise ValueError(f"{' and '.join(given)} must be left out beside magi_key, which says it")
+    return mask_of_key(key)
+
+
+def check_plan(
+    total_tokens: object,
+    layout: str,
+    transport: str,
+    group: ProcessGroup | None,
+    blueprint: CPBlueprint,
+) -> None:
+    """Raise ValueError unless MagiAttention can make this plan."""
+    if group is None or group_device(group).type != magi_attention.DEVICE_TYPE:
+        raise ValueError(
+            "engine='magi' must have a cp group with NCCL, also for one rank (torchrun "
+            f"--nproc-per-node 1), got {'none' if group is None else 'one without it'}"
+        )
+    if isinstance(total_tokens, CPBlueprint):
+        raise ValueError(
+            "engine='magi' must be given total_tokens: MagiAttention plans with the group, so a "
+            "blueprint cannot be made ahead"
+        )
+    for name, value in (("layout", layout), ("transport", transport)):
+        if value != "auto":
+            raise ValueError(
+                f"{name} must be left at 'auto' with engine='magi', which chooses it, got {value!r}"
+            )
+    if not slices_of_bands(blueprint.bands(CAUSAL)):
+        raise ValueError("engine='magi' must be given a mask in which some query sees a key")
+    if blueprint.total_tokens < blueprint.cp_size:
+        raise ValueError(
+            f"engine='magi' must be given a token for each of the {blueprint.cp_size} ranks, got "
+            f"total_tokens={blueprint.total_tokens}"
+        )
+
+
 def slices_of_bands(bands: Bands) -> tuple[Slice, ...]:
     """The mask as slices, in the order of the bands."""
     parts = magi_attention.rectangles_of_bands(*bands)
@@ -235,7 +282,8 @@ def variables() -> str:
     return ", ".join(f"{name}={os.environ[name]}" for name in own)
 
 
-def _as_ranges(slices: Sequence[Slice]) -> tuple[Any, Any, list[str]]:
+def as_ranges(slices: Sequence[Slice]) -> tuple[Any, Any, list[str]]:
+    """The queries, keys and types of slices as MagiAttention takes them."""
     from_ranges = magi_attention.load().AttnRanges.from_ranges
     queries, keys, kinds = zip(*slices, strict=True)
     return from_ranges([list(q) for q in queries]), from_ranges([list(k) for k in keys]), [*kinds]

@@ -24,10 +24,11 @@ from magi_sink_cp.dist.magi_engine import (
     MagiDispatch,
     check_engine,
     check_key,
+    check_plan,
     dispatch,
-    mask_of_key,
     slices_of_bands,
     variables,
+    what_key_says,
 )
 from magi_sink_cp.dist.planning.blueprint import CPBlueprint, PlanInput, make_blueprint
 from magi_sink_cp.dist.planning.layout import LAYOUTS
@@ -39,7 +40,6 @@ from magi_sink_cp.dist.transport.choose import (
     choose_transport,
     known_symmetric_memory,
 )
-from magi_sink_cp.kernels import magi_attention
 from magi_sink_cp.kernels.caching import BoundedCache
 from magi_sink_cp.kernels.checks import (
     as_int,
@@ -197,7 +197,9 @@ def make_cp_plan(
     try:
         chosen_engine = check_engine(engine, magi_key)
         if magi_key is not None:
-            total_tokens, mask_slices = _of_key(magi_key, total_tokens, given_group, mask_slices)
+            total_tokens, mask_slices = what_key_says(
+                magi_key, total_tokens, given_group, mask_slices
+            )
         if isinstance(total_tokens, CPBlueprint):
             blueprint = total_tokens
             _check_blueprint(
@@ -213,7 +215,7 @@ def make_cp_plan(
             else:
                 blueprint = make_blueprint(what, cp_size, rank)
         if chosen_engine == "magi":
-            _check_magi(total_tokens, layout, transport, cp_group, blueprint)
+            check_plan(total_tokens, layout, transport, cp_group, blueprint)
         check_transport(transport, cp_group)
         if not isinstance(on_hang, str) or on_hang not in ON_HANG:
             raise ValueError(f"on_hang must be one of {ON_HANG}, got {on_hang!r}")
@@ -232,52 +234,6 @@ def make_cp_plan(
             return _dispatched_plan(blueprint, what, cp_group, device, magi_key)
     chosen = choose_transport(transport, cp_group)
     return CPPlan(blueprint, cp_group, device, chosen)
-
-
-def _of_key(
-    key: Any, total_tokens: object, group: object, mask_slices: object
-) -> tuple[int, list[Slice]]:
-    """total_tokens and the mask that a key says.
-
-    Raises:
-        ValueError: one of these arguments is given too, or no plan can follow the key.
-    """
-    beside = {"total_tokens": total_tokens, "group": group, "mask_slices": mask_slices}
-    if given := [name for name, value in beside.items() if value is not None]:
-        raise ValueError(f"{' and '.join(given)} must be left out beside magi_key, which says it")
-    return mask_of_key(key)
-
-
-def _check_magi(
-    total_tokens: object,
-    layout: str,
-    transport: str,
-    group: ProcessGroup | None,
-    blueprint: CPBlueprint,
-) -> None:
-    """Raise ValueError unless MagiAttention can make this plan."""
-    if group is None or group_device(group).type != magi_attention.DEVICE_TYPE:
-        raise ValueError(
-            "engine='magi' must have a cp group with NCCL, also for one rank (torchrun "
-            f"--nproc-per-node 1), got {'none' if group is None else 'one without it'}"
-        )
-    if isinstance(total_tokens, CPBlueprint):
-        raise ValueError(
-            "engine='magi' must be given total_tokens: MagiAttention plans with the group, so a "
-            "blueprint cannot be made ahead"
-        )
-    for name, value in (("layout", layout), ("transport", transport)):
-        if value != "auto":
-            raise ValueError(
-                f"{name} must be left at 'auto' with engine='magi', which chooses it, got {value!r}"
-            )
-    if not slices_of_bands(blueprint.bands(CAUSAL)):
-        raise ValueError("engine='magi' must be given a mask in which some query sees a key")
-    if blueprint.total_tokens < blueprint.cp_size:
-        raise ValueError(
-            f"engine='magi' must be given a token for each of the {blueprint.cp_size} ranks, got "
-            f"total_tokens={blueprint.total_tokens}"
-        )
 
 
 def _dispatched_plan(

@@ -19,11 +19,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from magi_sink_cp.dist.planning.mask import SLICE_TYPES
 from magi_sink_cp.kernels import magi_attention
 from magi_sink_cp.kernels.backends import registry
 from tests.support.slices import dense
-
-KINDS = ("full", "causal", "inv_causal", "bi_causal")
 
 
 class AttnRanges(list):
@@ -204,7 +203,7 @@ class FlexFlashAttnFunc(torch.autograd.Function):
 def _mask_of_ranges(q_ranges, k_ranges, kinds, rows: int, keys: int) -> Tensor:
     assert q_ranges.dtype == k_ranges.dtype == kinds.dtype == torch.int32
     triples = zip(q_ranges.tolist(), k_ranges.tolist(), kinds.tolist(), strict=True)
-    slices = [(q, k, KINDS[kind]) for q, k, kind in triples if q[0] < q[1] and k[0] < k[1]]
+    slices = [(q, k, SLICE_TYPES[kind]) for q, k, kind in triples if q[0] < q[1] and k[0] < k[1]]
     seen = dense(slices, max(rows, keys))[:rows, :keys]
     assert not (seen > 1).any()
     return seen.bool()
