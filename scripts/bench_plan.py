@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
+import dataclasses
 import json
 import resource
 import statistics
 import subprocess
 import sys
 import time
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
+from unittest import mock
 
 import torch
 import torch.distributed as dist
@@ -26,8 +31,11 @@ from magi_sink_cp import (
     make_cp_plan,
     prefetch_plans,
 )
+from magi_sink_cp.dist import driver
 from magi_sink_cp.dist.planning.blueprint import PlanInput, make_blueprint
 from magi_sink_cp.dist.planning.cost import CallSizes
+from magi_sink_cp.kernels.backends import fa3
+from magi_sink_cp.kernels.triton_support import Launcher
 
 # (tokens, ranks)
 SIZES = ((1 << 20, 8), (1 << 24, 8), (1 << 24, 1024))
@@ -204,7 +212,10 @@ def step_rows(args: argparse.Namespace, transport: str) -> list[Row]:
 
 
 def call_rows(args: argparse.Namespace, transport: str) -> list[Row]:
-    """The host's time for calls whose plan is known, while the GPU has other work."""
+    """The host's time for calls whose plan is known, while the GPU has other work.
+
+    And how much of it passes inside what a call hands to others.
+    """
     group, rows = dist.group.WORLD, []
     for name, tokens, offsets, window in (
         ("64k packed", TOKENS, draw_documents(TOKENS, 0), (-1, 0)),
@@ -213,25 +224,11 @@ def call_rows(args: argparse.Namespace, transport: str) -> list[Row]:
         ("8k, window", 8192, None, (127, 0)),
     ):
         plan = make_cp_plan(tokens, group=group, cu_seqlens=offsets, transport=transport)
-        q, k, v, dout, sink = draw((plan.local_tokens,), 64)
-        times: dict[str, list[float]] = {"forward": [], "backward": []}
-        for number in range(args.rounds + 2):
-            torch.cuda.synchronize()
-            dist.barrier()
-            torch.cuda._sleep(100_000_000)
-            outs = []
-            for _ in range(4):
-                start = time.perf_counter()
-                outs.append(cp_attention_with_sink(q, k, v, sink, plan=plan, window_size=window))
-                if number >= 2:
-                    times["forward"].append(1e6 * (time.perf_counter() - start))
-            while outs:
-                start = time.perf_counter()
-                torch.autograd.grad(outs.pop(), (q, k, v, sink), dout)
-                if number >= 2:
-                    times["backward"].append(1e6 * (time.perf_counter() - start))
+        times = timed_calls(args, plan, window, None)
+        with timed_pieces() as spent:
+            times |= timed_calls(args, plan, window, spent)
         text = f"{plan.transport.name if plan.transport else 'one rank'}: host, {name}:"
-        for way, values in times.items():
+        for what, values in times.items():
             rows.append(
                 {
                     "tokens": tokens,
@@ -239,14 +236,86 @@ def call_rows(args: argparse.Namespace, transport: str) -> list[Row]:
                     "heads_kv": 8,
                     "head_dim": 64,
                     "ranks": plan.cp_size,
-                    "measured": f"{text} {way} of a known plan",
+                    "measured": f"{text} {what}",
                     **summary(values),
                 }
             )
-            text_of_way = f" {way} {statistics.median(values) / 1e3:.2f} ms"
             if dist.get_rank() == 0:
-                print(text + text_of_way, flush=True)
+                print(f"{text} {what} {statistics.median(values) / 1e3:.2f} ms", flush=True)
     return rows
+
+
+def timed_calls(
+    args: argparse.Namespace,
+    plan: CPPlan,
+    window: tuple[int, int],
+    spent: dict[str, float] | None,
+) -> dict[str, list[float]]:
+    """Microseconds of every call after the first eight; with ``spent``, of its pieces instead."""
+    q, k, v, dout, sink = draw((plan.local_tokens,), 64)
+    times: dict[str, list[float]] = defaultdict(list)
+
+    def note(way: str, start: float) -> None:
+        whole = {way: time.perf_counter() - start}
+        for what, seconds in (whole if spent is None else spent).items():
+            name = f"{way} of a known plan" + ("" if spent is None else f", in {what}")
+            times[name].append(1e6 * seconds)
+        if spent is not None:
+            spent.update(dict.fromkeys(spent, 0.0))
+
+    for _ in range(args.rounds + 2):
+        torch.cuda.synchronize()
+        dist.barrier()
+        torch.cuda._sleep(100_000_000)
+        outs = []
+        for _ in range(4):
+            start = time.perf_counter()
+            outs.append(cp_attention_with_sink(q, k, v, sink, plan=plan, window_size=window))
+            note("forward", start)
+        while outs:
+            start = time.perf_counter()
+            torch.autograd.grad(outs.pop(), (q, k, v, sink), dout)
+            note("backward", start)
+    return {name: values[8:] for name, values in times.items()}
+
+
+@contextlib.contextmanager
+def timed_pieces() -> Iterator[dict[str, float]]:
+    """The seconds that pass inside what a call hands to others, by name. None contains another."""
+    spent = dict.fromkeys(("FlashAttention-3's operators", "the driver", "Triton's launches"), 0.0)
+
+    def timed(piece: str, function: Callable[..., Any]) -> Callable[..., Any]:
+        def timing(*args: Any, **kwargs: Any) -> Any:
+            start = time.perf_counter()
+            try:
+                return function(*args, **kwargs)
+            finally:
+                spent[piece] += time.perf_counter() - start
+
+        return timing
+
+    kernels, of_driver, launches = spent
+    patched = [
+        (driver, "copy", of_driver),
+        (driver, "write_flag", of_driver),
+        (driver, "wait_flag", of_driver),
+        (driver.Event, "__init__", of_driver),
+        (driver.Event, "hold", of_driver),
+        (Launcher, "__call__", launches),
+    ]
+    with contextlib.ExitStack() as stack:
+        for owner, name, piece in patched:
+            function = timed(piece, getattr(owner, name))
+            stack.enter_context(mock.patch.object(owner, name, function))
+        if not fa3.Fa3Backend().unavailable():
+            library = fa3._library()
+            timing = dataclasses.replace(
+                library,
+                forward=timed(kernels, library.forward),
+                backward=timed(kernels, library.backward),
+            )
+            stack.enter_context(mock.patch.object(fa3, "_library", return_value=timing))
+        yield spent
 
 
 def memory_rows() -> list[Row]:
