@@ -5,7 +5,8 @@ from magi_sink_cp.attention import attention_with_sink
 from magi_sink_cp.cp_attention import cp_attention_with_sink
 from magi_sink_cp.dist import shard as _shard  # noqa: F401 (registers its operators)
 from magi_sink_cp.dist.magi_engine import EngineInfo, engines
-from magi_sink_cp.dist.plan import CPPlan, make_cp_blueprint, make_cp_plan
+from magi_sink_cp.dist.make_plan import make_cp_blueprint, make_cp_plan
+from magi_sink_cp.dist.plan import CPPlan
 from magi_sink_cp.dist.planning.blueprint import CPBlueprint
 from magi_sink_cp.drop_in.fa2 import (
     fa2_func_with_sink,

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from magi_sink_cp.cp_attention import cp_attention_with_sink
-from magi_sink_cp.dist.plan import CPPlan, make_cp_plan
+from magi_sink_cp.dist.make_plan import make_cp_plan
+from magi_sink_cp.dist.plan import CPPlan
 from magi_sink_cp.dist.planning.mask import Slice, check_slices
 from magi_sink_cp.kernels.backends.registry import BackendPolicy, check_backend_name
 from magi_sink_cp.kernels.caching import BoundedCache

@@ -18,14 +18,14 @@ import torch.distributed as dist
 from torch.distributed import ProcessGroup
 from torch.distributed.device_mesh import DeviceMesh
 
-from magi_sink_cp.dist.plan import (
-    CPPlan,
+from magi_sink_cp.dist.make_plan import (
     agree_on_end,
     check_blueprint_arguments,
     make_cp_plan,
     process_group,
     report_error,
 )
+from magi_sink_cp.dist.plan import CPPlan
 from magi_sink_cp.dist.planning.blueprint import CPBlueprint
 from magi_sink_cp.dist.planning.worker import Worker, make_ahead
 from magi_sink_cp.kernels.checks import as_count

@@ -36,7 +36,8 @@ from torch.distributed import ProcessGroup
 
 from magi_sink_cp.attention import attention_with_sink
 from magi_sink_cp.cp_attention import cp_attention_with_sink
-from magi_sink_cp.dist.plan import CPPlan, make_cp_plan
+from magi_sink_cp.dist.make_plan import make_cp_plan
+from magi_sink_cp.dist.plan import CPPlan
 from magi_sink_cp.kernels.caching import BoundedCache
 
 _CAUSAL = (AttnMaskType.causal, AttnMaskType.padding_causal)

@@ -35,7 +35,8 @@ from torchtitan.protocols.sharding import LocalMapConfig, ShardingConfig
 from magi_sink_cp.attention import attention_with_sink
 from magi_sink_cp.cp_attention import cp_attention_with_sink
 from magi_sink_cp.dist.guard.watchdog import Communication
-from magi_sink_cp.dist.plan import CPPlan, make_cp_plan
+from magi_sink_cp.dist.make_plan import make_cp_plan
+from magi_sink_cp.dist.plan import CPPlan
 
 # parallelism.context_parallel_load_balancer, and the layout that has its order.
 _LAYOUTS = {"headtail": "zigzag", None: "contiguous"}

@@ -17,7 +17,7 @@ import torch
 import torch.distributed as dist
 
 from magi_sink_cp import cp_attention_with_sink, make_cp_plan
-from magi_sink_cp.dist import plan as plan_module
+from magi_sink_cp.dist import make_plan
 from magi_sink_cp.dist.guard.watchdog import timeout_s
 from magi_sink_cp.dist.methods import ring
 from magi_sink_cp.dist.transport import choose as choose_module
@@ -42,7 +42,7 @@ def on(transport: SymmetricMemory):
     """make_cp_plan chooses this transport."""
     group = transport._streams._group
     choose_module._symmetric[group] = transport
-    with mock.patch.object(plan_module, "choose_transport", return_value=transport):
+    with mock.patch.object(make_plan, "choose_transport", return_value=transport):
         yield
     del choose_module._symmetric[group]
 

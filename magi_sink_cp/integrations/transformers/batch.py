@@ -16,7 +16,8 @@ from torch.distributed import ProcessGroup
 from torch.distributed.device_mesh import DeviceMesh
 
 from magi_sink_cp.dist.guard.late import agree_outside_plans
-from magi_sink_cp.dist.plan import CPPlan, make_cp_plan, process_group
+from magi_sink_cp.dist.make_plan import make_cp_plan, process_group
+from magi_sink_cp.dist.plan import CPPlan
 from magi_sink_cp.integrations.transformers.masks import find_documents, pack_existing
 
 _IGNORED = -100
