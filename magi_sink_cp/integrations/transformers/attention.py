@@ -117,30 +117,20 @@ def magi_sink_attention(
         out = cp_attention_with_sink(q, k, v, s_aux, plan=cp_plan, **options)
         assert isinstance(out, Tensor), "lse was not asked for"
         return out, None
-    if attention_mask is not None:
-        if q.shape[1] == 1 and not torch.is_grad_enabled():
-            return _one_query(q, k, v, s_aux, attention_mask, scaling, window[0], softcap), None
-        if cu_seq_lens_q is None:
-            positions = position_ids if position_ids is None or position_ids.dim() == 2 else None
-            queries, keys = packed_by(attention_mask, q.shape[1], positions)
-            return _attend_packed(q, k, v, s_aux, queries, keys, options), None
-        _refuse_padding(attention_mask)
-    if cu_seq_lens_q is not None:
-        if q.shape[0] != 1:
-            raise ValueError(
-                f"cu_seq_lens_q are offsets in a batch of one packed row, got {q.shape[0]} rows"
-            )
+    if attention_mask is not None and q.shape[1] == 1 and not torch.is_grad_enabled():
+        return _one_query(q, k, v, s_aux, attention_mask, scaling, window[0], softcap), None
+    if cu_seq_lens_q is None:
+        documents = _documents(position_ids, attention_mask, q, k)
+    else:
+        _refuse_beside_offsets(q, attention_mask)
         offsets_k = cu_seq_lens_q if cu_seq_lens_k is None else cu_seq_lens_k
-        out = _attend(
-            q[0], k[0], v[0], s_aux,
-            cu_seqlens_q=cu_seq_lens_q, cu_seqlens_k=offsets_k,
-            max_seqlen_q=_as_int(max_length_q), max_seqlen_k=_as_int(max_length_k), **options,
-        )  # fmt: skip
-        return out[None], None
-    documents = _documents(position_ids, q, k)
-    if documents is not None:
-        return _attend_packed(q, k, v, s_aux, documents, documents, options), None
-    return _attend(q, k, v, s_aux, **options), None
+        documents = (
+            Packed(None, cu_seq_lens_q, _as_int(max_length_q)),
+            Packed(None, offsets_k, _as_int(max_length_k)),
+        )
+    if documents is None:
+        return _attend(q, k, v, s_aux, **options), None
+    return _attend_packed(q, k, v, s_aux, *documents, options), None
 
 
 def _attend(*tensors: Tensor | None, **options: Any) -> Tensor:
@@ -197,13 +187,17 @@ def _refuse_untold_window(module: torch.nn.Module, sliding_window: int | None) -
         )
 
 
-def _refuse_padding(attention_mask: Tensor) -> None:
-    """Packed documents come without padding. Compiled, a mask of ones is given too."""
-    text = "cu_seq_lens_q are offsets in a batch of one packed row, without padding"
-    if torch.compiler.is_compiling():
+def _refuse_beside_offsets(q: Tensor, attention_mask: Tensor | None) -> None:
+    """Raise where cu_seq_lens_q, a batch of one packed row, come with padding or with more rows."""
+    if attention_mask is not None:  # compiled, a mask of ones is given too
+        text = "cu_seq_lens_q are offsets in a batch of one packed row, without padding"
+        if not torch.compiler.is_compiling():
+            raise ValueError(f"{text}, got an attention_mask with padding")
         torch._assert_async(attention_mask.all(), text)
-    else:
-        raise ValueError(f"{text}, got an attention_mask with padding")
+    if q.shape[0] != 1:
+        raise ValueError(
+            f"cu_seq_lens_q are offsets in a batch of one packed row, got {q.shape[0]} rows"
+        )
 
 
 def _in_one_dtype(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -219,11 +213,16 @@ def _as_int(length: Any) -> int | None:
     return None if length is None else int(length)
 
 
-def _documents(position_ids: Tensor | None, q: Tensor, k: Tensor) -> Packed | None:
-    """The documents of a forward without a cache."""
+def _documents(
+    position_ids: Tensor | None, attention_mask: Tensor | None, q: Tensor, k: Tensor
+) -> tuple[Packed, Packed] | None:
+    """The documents of queries and keys that mask or positions tell of; None: each row is one."""
+    if attention_mask is not None:
+        positions = position_ids if position_ids is None or position_ids.dim() == 2 else None
+        return packed_by(attention_mask, q.shape[1], positions)
     if position_ids is None or position_ids.dim() != 2 or q.shape[1] == 1:
         return None
-    if not q.shape[1] == k.shape[1] == position_ids.shape[1]:
+    if not q.shape[1] == k.shape[1] == position_ids.shape[1]:  # with a cache
         return None
     if torch.compiler.is_compiling():
         torch._assert_async(
@@ -231,7 +230,8 @@ def _documents(position_ids: Tensor | None, q: Tensor, k: Tensor) -> Packed | No
             "position_ids hold packed documents: pass cu_seq_lens_q too, under torch.compile",
         )
         return None
-    return documents_of(position_ids, q.shape[0])
+    documents = documents_of(position_ids, q.shape[0])
+    return None if documents is None else (documents, documents)
 
 
 def _attend_packed(

@@ -101,12 +101,12 @@ class Packed(NamedTuple):
     Attributes:
         rows: int64, which of the flattened (batch · rows) they are; None if all.
         cu_seqlens: int32 offsets of the documents.
-        max_seqlen: the longest document.
+        max_seqlen: the longest document; None if nobody has told.
     """
 
     rows: Tensor | None
     cu_seqlens: Tensor
-    max_seqlen: int
+    max_seqlen: int | None
 
 
 # For each mask or position_ids what was read from it: every layer gets the same tensor.
