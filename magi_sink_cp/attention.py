@@ -15,6 +15,7 @@ from magi_sink_cp.dist.planning.mask import Slice, check_slices
 from magi_sink_cp.kernels.backends.registry import BackendPolicy, check_backend_name
 from magi_sink_cp.kernels.caching import BoundedCache
 from magi_sink_cp.kernels.checks import (
+    as_flag,
     as_sink,
     check_qkv,
     make_params,
@@ -72,7 +73,9 @@ def attention_with_sink(
         max_seqlen_q, max_seqlen_k: at least the longest document; None reads it from cu_seqlens.
         mask_slices: the whole mask, as in :func:`magi_sink_cp.make_cp_plan`; queries and keys are
             the same tokens, and every sample of a batch has this mask. Neither causal, window_size
-            nor cu_seqlens go with it. Equal slices are planned once.
+            nor cu_seqlens go with it. Equal slices are planned once, outside of a compiled graph:
+            for torch.compile(fullgraph=True) make the plan yourself, without a group, and call
+            cp_attention_with_sink.
         softmax_scale: factor on q·k; None is d^-1/2.
         causal: mask aligned to the bottom right: row i sees keys up to i + sk - sq.
         window_size: (left, right) tokens seen around i + sk - sq; -1 or None is unlimited. causal
@@ -95,7 +98,8 @@ def attention_with_sink(
         lengths_given = any(
             x is not None for x in (cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
         )
-        if causal or window_limits(window_size) != (-1, -1) or lengths_given:
+        limited = window_limits(window_size) != (-1, -1)
+        if as_flag("causal", causal) or limited or lengths_given:
             raise ValueError(
                 "causal, window_size, cu_seqlens and max_seqlen must be left out beside "
                 f"mask_slices, which are the whole mask, got causal={causal!r}, "

@@ -14,6 +14,8 @@ import operator
 from collections.abc import Iterable, Sequence
 from typing import Any
 
+import numpy as np
+
 from magi_sink_cp.dist.planning.mask import FAR, Range, Slice, bands_of_slices, check_slices
 
 __all__ = [
@@ -50,6 +52,8 @@ def documents(cu_seqlens: Iterable[int], causal: bool = True) -> list[Slice]:
     Raises:
         TypeError, ValueError: an argument is invalid.
     """
+    if not isinstance(causal, (bool, np.bool_)):
+        raise TypeError(f"causal must be a bool, got {causal!r}")
     kind = "causal" if causal else "full"
     return [(tokens, tokens, kind) for tokens in _documents(cu_seqlens)]
 
@@ -97,7 +101,7 @@ def prefix_lm(cu_seqlens: Iterable[int], prefix_lengths: Iterable[int]) -> list[
         TypeError, ValueError: an argument is invalid.
     """
     edges = _offsets(cu_seqlens)
-    prefixes = [_count("each of prefix_lengths", length, 0) for length in prefix_lengths]
+    prefixes = _counts("prefix_lengths", prefix_lengths)
     if len(prefixes) != len(edges) - 1:
         raise ValueError(
             f"prefix_lengths must have one entry for each of {len(edges) - 1} documents, got "
@@ -144,7 +148,7 @@ def shared_prefix(prefix: int, completions: Sequence[int]) -> list[Slice]:
         TypeError, ValueError: an argument is invalid.
     """
     start = _count("prefix", prefix, 0)
-    lengths = [_count("each of completions", length, 0) for length in completions]
+    lengths = _counts("completions", completions)
     edges = [start, *itertools.accumulate(lengths, initial=start)][1:]
     slices: list[Slice] = [((0, start), (0, start), "causal")] if start else []
     if start and edges[-1] > start:
@@ -270,13 +274,17 @@ def _documents(cu_seqlens: Iterable[int]) -> list[Range]:
 
 
 def _offsets(cu_seqlens: Any) -> list[int]:
-    values = cu_seqlens.tolist() if hasattr(cu_seqlens, "tolist") else cu_seqlens
-    if isinstance(values, (str, bytes)) or not isinstance(values, Iterable):
-        raise TypeError(f"cu_seqlens must be a sequence of ints, got {type(cu_seqlens).__name__}")
-    edges = [_count("each of cu_seqlens", value, 0) for value in values]
+    edges = _counts("cu_seqlens", cu_seqlens)
     if not edges or edges[0] != 0 or any(b < a for a, b in itertools.pairwise(edges)):
         raise ValueError(f"cu_seqlens must start at 0 and never fall, got {edges[:8]}")
     return edges
+
+
+def _counts(name: str, given: Any) -> list[int]:
+    values = given.tolist() if hasattr(given, "tolist") else given
+    if isinstance(values, (str, bytes)) or not isinstance(values, Iterable):
+        raise TypeError(f"{name} must be a sequence of ints, got {type(given).__name__}")
+    return [_count(f"each of {name}", value, 0) for value in values]
 
 
 def _count(name: str, value: object, least: int) -> int:

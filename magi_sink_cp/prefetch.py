@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import atexit
 import functools
+import os
 import queue
 import threading
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Generic, TypeVar
 
@@ -20,6 +21,7 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from magi_sink_cp.dist.make_plan import (
     agree_on_end,
+    check_attachment,
     check_blueprint_arguments,
     make_cp_plan,
     process_group,
@@ -73,32 +75,47 @@ def prefetch_plans(
         over ``batches`` anew.
 
     Raises:
-        TypeError, ValueError: an argument is invalid. While iterating: what ``batches``, the
-            functions and make_cp_plan raise, in the place of the batch that they concern.
+        TypeError, ValueError: on every rank of the group, if an argument is invalid on any: here,
+            and on the others when they iterate. A ``group`` that is none of this rank raises on
+            this rank alone. While iterating: what ``batches``, the functions and make_cp_plan
+            raise, in the place of the batch that they concern.
     """
-    if cu_seqlens is None and total_tokens is None:
-        raise ValueError("cu_seqlens or total_tokens must be given: functions of a batch")
+    cp_group = process_group(group)
     functions = {
         "cu_seqlens": cu_seqlens,
         "total_tokens": total_tokens,
         "mask_slices": mask_slices,
         "position_ids": position_ids,
     }
+    try:
+        _check_functions(functions)
+        *_, limits, _ = check_blueprint_arguments(
+            0, cp_size=1, rank=0, layout=layout, windows=windows
+        )
+        check_attachment(transport, on_hang, cp_group)
+        depth = as_count("depth", depth)
+    except Exception as error:
+        if cp_group is not None:
+            report_error(error, cp_group)
+        raise
+    return PlanPrefetcher(
+        batches,
+        cp_group,
+        {name: function for name, function in functions.items() if function is not None},
+        {"layout": layout, "windows": limits},
+        {"transport": transport, "on_hang": on_hang},
+        depth,
+    )
+
+
+def _check_functions(functions: Mapping[str, object]) -> None:
+    if functions["cu_seqlens"] is None and functions["total_tokens"] is None:
+        raise ValueError("cu_seqlens or total_tokens must be given: functions of a batch")
     for name, function in functions.items():
         if function is not None and not callable(function):
             raise TypeError(
                 f"{name} must be a function of a batch or None, got {type(function).__name__}"
             )
-    windows = list(windows)
-    check_blueprint_arguments(0, cp_size=1, rank=0, layout=layout, windows=windows)
-    return PlanPrefetcher(
-        batches,
-        process_group(group),
-        {name: function for name, function in functions.items() if function is not None},
-        {"layout": layout, "windows": windows},
-        {"transport": transport, "on_hang": on_hang},
-        as_count("depth", depth),
-    )
 
 
 @dataclass
@@ -200,8 +217,8 @@ class PlanPrefetcher(Generic[Batch]):
         given = {name: function(batch) for name, function in self._functions.items()}
         total = given.pop("total_tokens", None)
         if total is None:
-            offsets = given.get("cu_seqlens")
-            if offsets is None or len(offsets) == 0:
+            offsets: Any = given.get("cu_seqlens")
+            if not hasattr(offsets, "__len__") or len(offsets) == 0:
                 raise ValueError(
                     "cu_seqlens must return offsets for each batch, or total_tokens be given, got "
                     f"{offsets!r}"
@@ -224,12 +241,16 @@ class PlanPrefetcher(Generic[Batch]):
             return worker.make(request)
         finally:
             if worker.has_ended:
-                _worker.cache_clear()  # the next loop starts another
+                _worker_of.cache_clear()  # the next loop starts another
+
+
+def _worker() -> Worker:
+    """This process's own, which ends with it. A forked process must not ask its parent's."""
+    return _worker_of(os.getpid())
 
 
 @functools.cache
-def _worker() -> Worker:
-    """This process's own, which ends with it."""
+def _worker_of(_process: int) -> Worker:
     worker = Worker()
     atexit.register(worker.close)
     return worker

@@ -251,7 +251,10 @@ def timed_calls(
     window: tuple[int, int],
     spent: dict[str, float] | None,
 ) -> dict[str, list[float]]:
-    """Microseconds of every call after the first eight; with ``spent``, of its pieces instead."""
+    """Microseconds of every call after the first eight; with ``spent``, of its pieces instead.
+
+    Pieces that no call has are left out.
+    """
     q, k, v, dout, sink = draw((plan.local_tokens,), 64)
     times: dict[str, list[float]] = defaultdict(list)
 
@@ -276,12 +279,15 @@ def timed_calls(
             start = time.perf_counter()
             torch.autograd.grad(outs.pop(), (q, k, v, sink), dout)
             note("backward", start)
-    return {name: values[8:] for name, values in times.items()}
+    return {name: values[8:] for name, values in times.items() if any(values)}
 
 
 @contextlib.contextmanager
 def timed_pieces() -> Iterator[dict[str, float]]:
-    """The seconds that pass inside what a call hands to others, by name. None contains another."""
+    """The seconds that pass inside what a call hands to others, by name. None contains another.
+
+    The driver's are symm_mem's copies, flags and events.
+    """
     spent = dict.fromkeys(("FlashAttention-3's operators", "the driver", "Triton's launches"), 0.0)
 
     def timed(piece: str, function: Callable[..., Any]) -> Callable[..., Any]:

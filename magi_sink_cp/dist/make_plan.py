@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import numpy as np
@@ -36,10 +36,17 @@ from magi_sink_cp.dist.transport.choose import (
     choose_transport,
     known_symmetric_memory,
 )
-from magi_sink_cp.kernels.checks import as_int, as_ints, refuse_dtensor, window_limits
+from magi_sink_cp.kernels.checks import (
+    as_int,
+    as_ints,
+    check_dense,
+    refuse_dtensor,
+    window_limits,
+)
 from magi_sink_cp.kernels.lengths import as_cu_seqlens, check_offsets, read_cu_seqlens
 
 _MAKE = "make_cp_plan"
+_INTS = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
 _EXCHANGES = (
     "number of exchanges so far (which differs where a call failed on some ranks alone: start the "
     "job again)"
@@ -104,6 +111,8 @@ def check_blueprint_arguments(
     if place is None or not 0 <= place < size:
         raise ValueError(f"rank must be an int from 0 to cp_size - 1, {size - 1}, got {rank!r}")
     what = _check_arguments(total_tokens, cu_seqlens, mask_slices, position_ids, layout)
+    if isinstance(windows, str) or not isinstance(windows, Iterable):
+        raise TypeError(f"windows must be a sequence of (left, right) pairs, got {windows!r}")
     ahead = [window_limits(window) for window in windows]
     return what, size, place, ahead, ()
 
@@ -202,9 +211,7 @@ def make_cp_plan(
                 blueprint = make_blueprint(what, cp_size, rank)
         if chosen_engine == "magi":
             check_plan(total_tokens, layout, transport, cp_group, blueprint)
-        check_transport(transport, cp_group)
-        if not isinstance(on_hang, str) or on_hang not in ON_HANG:
-            raise ValueError(f"on_hang must be one of {ON_HANG}, got {on_hang!r}")
+        check_attachment(transport, on_hang, cp_group)
     except Exception as error:
         if cp_group is not None:
             report_error(error, cp_group)
@@ -220,6 +227,13 @@ def make_cp_plan(
             return _dispatched_plan(blueprint, what, cp_group, device, magi_key)
     chosen = choose_transport(transport, cp_group)
     return CPPlan(blueprint, cp_group, device, chosen)
+
+
+def check_attachment(transport: str, on_hang: str, group: ProcessGroup | None) -> None:
+    """Raise ValueError unless plans of the group can have these."""
+    check_transport(transport, group)
+    if not isinstance(on_hang, str) or on_hang not in ON_HANG:
+        raise ValueError(f"on_hang must be one of {ON_HANG}, got {on_hang!r}")
 
 
 def _dispatched_plan(
@@ -365,6 +379,12 @@ def _positions(position_ids: Any, total_tokens: int) -> NDArray[np.int64] | None
         return None
     if isinstance(position_ids, Tensor):
         refuse_dtensor("position_ids", position_ids)
+        if position_ids.is_meta or position_ids.dtype not in _INTS:
+            raise ValueError(
+                f"position_ids must be total_tokens, {total_tokens}, ints, got a tensor of "
+                f"{position_ids.dtype} on {position_ids.device}"
+            )
+        check_dense("position_ids", position_ids)
         position_ids = position_ids.detach().cpu().numpy()
     try:
         values = np.array(position_ids)
@@ -375,6 +395,8 @@ def _positions(position_ids: Any, total_tokens: int) -> NDArray[np.int64] | None
             f"position_ids must be total_tokens, {total_tokens}, ints, got {values.dtype} of shape "
             f"{values.shape}"
         )
+    if values.dtype == np.uint64 and (values > np.iinfo(np.int64).max).any():
+        raise ValueError(f"position_ids must be at most 2^63 - 1, got {values.max()}")
     return values.astype(np.int64)
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
 import pickle
 import threading
 import time
@@ -201,6 +203,23 @@ def test_a_process_that_dies_is_named_and_another_one_starts():
     assert wait_for_worker() is not worker
 
 
+def test_a_forked_process_starts_its_own():
+    worker = wait_for_worker()
+    child = os.fork()
+    if child == 0:  # nothing of pytest may run here
+        status = 1
+        with contextlib.suppress(BaseException):
+            worker.close()  # as at exit: the parent goes on with it
+            other = prefetch._worker()
+            status = int(other is worker)
+            other.close()
+        os._exit(status)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+    assert prefetch._worker() is worker
+    assert not worker.has_ended
+    assert len(list(prefetch_plans([[0, 20]], cu_seqlens=first))) == 1
+
+
 def test_errors_of_the_process_are_raised_here():
     with pytest.raises(AttributeError):
         wait_for_worker().make((None, 1, 0, (), ()))
@@ -224,6 +243,12 @@ def body_differ(group, device) -> None:
     with pytest.raises(ValueError, match="the same call, got rank 0: 'prefetch_plans, at the end"):
         iterate([[0, 20]] * (2 + rank))
     iterate([[0, 20]] * 3)
+    for wrong in ({"depth": 0}, {"layout": "x"}, {"transport": "x"}, {"on_hang": "x"}):
+        with pytest.raises(ValueError, match="must be|rank 1 was given something invalid"):
+            list(
+                prefetch_plans([[0, 20]], group=group, cu_seqlens=first, **(wrong if rank else {}))
+            )
+    iterate([[0, 20]] * 3)
 
 
 @pytest.mark.parametrize(
@@ -235,6 +260,9 @@ def body_differ(group, device) -> None:
         ({"cu_seqlens": first, "group": 3}, TypeError, "group must be a ProcessGroup"),
         ({"cu_seqlens": first, "layout": "ring"}, ValueError, "layout must be one of"),
         ({"cu_seqlens": first, "windows": (3,)}, ValueError, "window_size must be two ints"),
+        ({"cu_seqlens": first, "windows": None}, TypeError, "windows must be a sequence"),
+        ({"cu_seqlens": first, "transport": "x"}, ValueError, "transport must be one of"),
+        ({"cu_seqlens": first, "on_hang": "x"}, ValueError, "on_hang must be one of"),
     ],
 )
 def test_wrong_arguments(options, error, message):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -98,6 +99,13 @@ def test_large_masks_are_drawn_smaller():
         (lambda: masks.block_causal(0, 4), ValueError, "block must be >= 1, got 0"),
         (lambda: masks.draw([((0, 2), (0, 2), "banded")]), ValueError, "one of the types"),
         (lambda: masks.shared_prefix(True, [1]), TypeError, "prefix must be an int, got True"),
+        (lambda: masks.shared_prefix(3, 3), TypeError, "completions must be a sequence of ints"),
+        (
+            lambda: masks.prefix_lm([0, 2], 3),
+            TypeError,
+            "prefix_lengths must be a sequence of ints",
+        ),
+        (lambda: masks.documents([0, 2], "full"), TypeError, "causal must be a bool, got 'full'"),
     ],
 )
 def test_wrong_arguments(call, error, message):
@@ -186,6 +194,8 @@ def test_what_slices_do_not_go_with():
     ):
         with pytest.raises(ValueError, match="must be left out beside mask_slices"):
             attention_with_sink(q, k, v, sink, mask_slices=slices, **options)
+    with pytest.raises(TypeError, match="causal must be a bool, got None"):
+        attention_with_sink(q, k, v, sink, mask_slices=slices, causal=None)
     with pytest.raises(ValueError, match="q and k must have the same tokens beside mask_slices"):
         attention_with_sink(q, k[:5], v[:5], sink, mask_slices=slices)
     for wrong, error, message in (
@@ -195,6 +205,8 @@ def test_what_slices_do_not_go_with():
         ([((0, 6), 6, "full")], TypeError, r"mask_slices\[0\] must be \(\(q0, q1\)"),
         ([*slices, ((3, 4), (0, 2), "full")], ValueError, r"both hold \(3, 0\)"),
         (6, TypeError, "mask_slices must be a sequence"),
+        ({}, TypeError, "mask_slices must be a sequence"),
+        ([((False, True), (0, 1), "full")], TypeError, r"mask_slices\[0\] must be .* int ranges"),
     ):
         with pytest.raises(error, match=message):
             make_cp_plan(6, mask_slices=wrong)
@@ -228,6 +240,12 @@ def test_positions_of_slices():
     assert make_cp_plan(7, mask_slices=slices).position_ids.tolist() == list(range(7))
     by_documents = make_cp_plan(7, mask_slices=slices, cu_seqlens=[0, 3, 5, 7])
     assert by_documents.position_ids.tolist() == [0, 1, 2, 0, 1, 0, 1]
-    for wrong in (ids[:3], [0.5] * 7, "abc"):
+    bad_tensors = (
+        torch.empty(7, dtype=torch.int64, device="meta"),
+        torch.ones(7, dtype=torch.bfloat16),
+    )
+    for wrong in (ids[:3], [0.5] * 7, "abc", *bad_tensors):
         with pytest.raises(ValueError, match="position_ids must be total_tokens, 7, ints, got"):
             make_cp_plan(7, position_ids=wrong)
+    with pytest.raises(ValueError, match=r"position_ids must be at most 2\^63 - 1, got 92233"):
+        make_cp_plan(7, position_ids=np.full(7, 1 << 63, dtype=np.uint64))

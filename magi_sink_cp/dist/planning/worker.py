@@ -36,6 +36,7 @@ class Worker:
     """The process, from the caller's side. One request at a time."""
 
     def __init__(self) -> None:
+        self._owner = os.getpid()
         self._lock = threading.Lock()
         self._process = subprocess.Popen(
             [
@@ -89,7 +90,9 @@ class Worker:
         return answer
 
     def close(self) -> None:
-        """End the process."""
+        """End the process. What was forked from its owner leaves it alone."""
+        if os.getpid() != self._owner:
+            return
         with contextlib.suppress(OSError):
             self._input.close()
         with contextlib.suppress(subprocess.TimeoutExpired):
