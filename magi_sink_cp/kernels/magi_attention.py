@@ -87,7 +87,10 @@ def unsupported(q: Tensor) -> str | None:
     if q.dtype not in DTYPES:
         return f"it takes {' or '.join(map(str, DTYPES))}, and q is {q.dtype}"
     if q.shape[-1] % 8 or not 0 < q.shape[-1] <= 128:
-        return f"it takes a head_dim that is a multiple of 8, at most 128, and q has {q.shape[-1]}"
+        return (
+            "it takes a head_dim that is a multiple of 8, at most 128; that of q, or of v if it is "
+            f"larger, is {q.shape[-1]}"
+        )
     return None
 
 
