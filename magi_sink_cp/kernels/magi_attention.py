@@ -23,9 +23,7 @@ GUIDE = "https://github.com/SandAI-org/MagiAttention says how to build it"
 _NAMES = (
     "AttnOverlapMode",
     "AttnRanges",
-    "DistAttnConfig",
     "DistAttnRuntimeKey",
-    "OverlapConfig",
     "calc_attn",
     "dispatch",
     "flex_flash_attn_func",
