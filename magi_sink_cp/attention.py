@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -11,7 +11,7 @@ from torch import Tensor
 from magi_sink_cp.cp_attention import cp_attention_with_sink
 from magi_sink_cp.dist.make_plan import make_cp_plan
 from magi_sink_cp.dist.plan import CPPlan
-from magi_sink_cp.dist.planning.mask import Slice, check_slices
+from magi_sink_cp.dist.planning.mask import Slice, check_slices, in_order
 from magi_sink_cp.kernels.backends.registry import BackendPolicy, check_backend_name
 from magi_sink_cp.kernels.caching import BoundedCache
 from magi_sink_cp.kernels.checks import (
@@ -153,7 +153,7 @@ def _plan_of_slices(q: Tensor, k: Tensor, mask_slices: Sequence[Slice]) -> CPPla
             f"{tuple(q.shape)} and {tuple(k.shape)}"
         )
     total = q.shape[-3]
-    slices = tuple(mask_slices) if isinstance(mask_slices, Iterable) else mask_slices
+    slices = in_order(mask_slices)
     if not _are_plain(slices):  # what is equal to ints may not be one, or change
         slices = check_slices(total, slices)
     plan = _plans.get((total, slices))

@@ -16,7 +16,14 @@ from typing import Any
 
 import numpy as np
 
-from magi_sink_cp.dist.planning.mask import FAR, Range, Slice, bands_of_slices, check_slices
+from magi_sink_cp.dist.planning.mask import (
+    FAR,
+    Range,
+    Slice,
+    bands_of_slices,
+    check_slices,
+    is_sequence,
+)
 
 __all__ = [
     "block_causal",
@@ -282,7 +289,7 @@ def _offsets(cu_seqlens: Any) -> list[int]:
 
 def _counts(name: str, given: Any) -> list[int]:
     values = given.tolist() if hasattr(given, "tolist") else given
-    if isinstance(values, (str, bytes)) or not isinstance(values, Iterable):
+    if not is_sequence(values):
         raise TypeError(f"{name} must be a sequence of ints, got {type(given).__name__}")
     return [_count(f"each of {name}", value, 0) for value in values]
 

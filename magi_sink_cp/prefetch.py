@@ -13,7 +13,7 @@ import queue
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Generic, TypeVar
+from typing import Any, Generic, NoReturn, TypeVar
 
 import torch.distributed as dist
 from torch.distributed import ProcessGroup
@@ -23,6 +23,7 @@ from magi_sink_cp.dist.make_plan import (
     agree_on_end,
     check_attachment,
     check_blueprint_arguments,
+    last_offset,
     make_cp_plan,
     process_group,
     report_error,
@@ -75,10 +76,10 @@ def prefetch_plans(
         over ``batches`` anew.
 
     Raises:
-        TypeError, ValueError: on every rank of the group, if an argument is invalid on any: here,
-            and on the others when they iterate. A ``group`` that is none of this rank raises on
-            this rank alone. While iterating: what ``batches``, the functions and make_cp_plan
-            raise, in the place of the batch that they concern.
+        TypeError, ValueError: an argument is invalid. With a group this raises on every rank, when
+            the iteration begins, as nothing is sent before; a ``group`` that is none of this rank
+            raises at once, on this rank alone. While iterating: what ``batches``, the functions and
+            make_cp_plan raise, in the place of the batch that they concern.
     """
     cp_group = process_group(group)
     functions = {
@@ -95,9 +96,9 @@ def prefetch_plans(
         check_attachment(transport, on_hang, cp_group)
         depth = as_count("depth", depth)
     except Exception as error:
-        if cp_group is not None:
-            report_error(error, cp_group)
-        raise
+        if cp_group is None:
+            raise
+        return PlanPrefetcher(_Wrong(error), cp_group, {}, {}, {}, 1)
     return PlanPrefetcher(
         batches,
         cp_group,
@@ -106,6 +107,16 @@ def prefetch_plans(
         {"transport": transport, "on_hang": on_hang},
         depth,
     )
+
+
+@dataclass
+class _Wrong:
+    """Stands for the batches where an argument is invalid: raises as soon as it is iterated."""
+
+    error: Exception
+
+    def __iter__(self) -> NoReturn:
+        raise self.error
 
 
 def _check_functions(functions: Mapping[str, object]) -> None:
@@ -217,13 +228,7 @@ class PlanPrefetcher(Generic[Batch]):
         given = {name: function(batch) for name, function in self._functions.items()}
         total = given.pop("total_tokens", None)
         if total is None:
-            offsets: Any = given.get("cu_seqlens")
-            if not hasattr(offsets, "__len__") or len(offsets) == 0:
-                raise ValueError(
-                    "cu_seqlens must return offsets for each batch, or total_tokens be given, got "
-                    f"{offsets!r}"
-                )
-            total = int(offsets[-1])
+            total = last_offset(given.get("cu_seqlens"))
         group = self._group
         what, cp_size, rank, windows, _ = check_blueprint_arguments(
             total,
@@ -241,19 +246,27 @@ class PlanPrefetcher(Generic[Batch]):
             return worker.make(request)
         finally:
             if worker.has_ended:
-                _worker_of.cache_clear()  # the next loop starts another
-
-
-def _worker() -> Worker:
-    """This process's own, which ends with it. A forked process must not ask its parent's."""
-    return _worker_of(os.getpid())
+                _worker.cache_clear()  # the next loop starts another
 
 
 @functools.cache
-def _worker_of(_process: int) -> Worker:
+def _worker() -> Worker:
+    """This process's own, which ends with it."""
     worker = Worker()
     atexit.register(worker.close)
     return worker
+
+
+def _leave_worker_to_parent() -> None:
+    """In a forked process: the answers would be its parent's. It starts another."""
+    if _worker.cache_info().currsize:
+        worker = _worker()
+        worker.let_go()
+        atexit.unregister(worker.close)
+        _worker.cache_clear()
+
+
+os.register_at_fork(after_in_child=_leave_worker_to_parent)
 
 
 def _wait_for(room: threading.Semaphore, stop: threading.Event) -> bool:

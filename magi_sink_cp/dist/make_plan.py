@@ -46,7 +46,6 @@ from magi_sink_cp.kernels.checks import (
 from magi_sink_cp.kernels.lengths import as_cu_seqlens, check_offsets, read_cu_seqlens
 
 _MAKE = "make_cp_plan"
-_INTS = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
 _EXCHANGES = (
     "number of exchanges so far (which differs where a call failed on some ranks alone: start the "
     "job again)"
@@ -113,7 +112,7 @@ def check_blueprint_arguments(
     what = _check_arguments(total_tokens, cu_seqlens, mask_slices, position_ids, layout)
     if isinstance(windows, str) or not isinstance(windows, Iterable):
         raise TypeError(f"windows must be a sequence of (left, right) pairs, got {windows!r}")
-    ahead = [window_limits(window) for window in windows]
+    ahead = [window_limits(window, "each of windows") for window in windows]
     return what, size, place, ahead, ()
 
 
@@ -379,16 +378,18 @@ def _positions(position_ids: Any, total_tokens: int) -> NDArray[np.int64] | None
         return None
     if isinstance(position_ids, Tensor):
         refuse_dtensor("position_ids", position_ids)
-        if position_ids.is_meta or position_ids.dtype not in _INTS:
+        dtype = position_ids.dtype
+        not_ints = dtype.is_floating_point or dtype.is_complex or dtype == torch.bool
+        if position_ids.is_meta or not_ints:
             raise ValueError(
                 f"position_ids must be total_tokens, {total_tokens}, ints, got a tensor of "
-                f"{position_ids.dtype} on {position_ids.device}"
+                f"{dtype} on {position_ids.device}"
             )
         check_dense("position_ids", position_ids)
         position_ids = position_ids.detach().cpu().numpy()
     try:
         values = np.array(position_ids)
-    except ValueError:
+    except (TypeError, ValueError):
         values = np.array(None)
     if values.dtype.kind not in "iu" or values.shape != (total_tokens,):
         raise ValueError(
@@ -398,6 +399,24 @@ def _positions(position_ids: Any, total_tokens: int) -> NDArray[np.int64] | None
     if values.dtype == np.uint64 and (values > np.iinfo(np.int64).max).any():
         raise ValueError(f"position_ids must be at most 2^63 - 1, got {values.max()}")
     return values.astype(np.int64)
+
+
+def last_offset(cu_seqlens: Any) -> int:
+    """The end of the last document, from what a function of prefetch_plans returned.
+
+    Raises:
+        TypeError, ValueError: these are no offsets.
+    """
+    if isinstance(cu_seqlens, Tensor):
+        refuse_dtensor("cu_seqlens", cu_seqlens)
+        return int(as_cu_seqlens(cu_seqlens, "cu_seqlens")[-1])
+    offsets = () if cu_seqlens is None else _ints(cu_seqlens)
+    if not offsets:
+        raise ValueError(
+            "cu_seqlens must return offsets for each batch, or total_tokens be given, got "
+            f"{cu_seqlens!r}"
+        )
+    return offsets[-1]
 
 
 def _ints(cu_seqlens: object) -> tuple[int, ...]:

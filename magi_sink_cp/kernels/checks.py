@@ -102,8 +102,8 @@ def as_float(name: str, value: object, zero_allowed: bool) -> float:
     return converted
 
 
-def window_limits(window_size: Any) -> tuple[int, int]:
-    """(left, right) of a window_size; None becomes -1, unlimited.
+def window_limits(window_size: Any, name: str = "window_size") -> tuple[int, int]:
+    """(left, right) of a window_size; None becomes -1, unlimited. ``name`` is what an error names.
 
     Raises:
         ValueError: it is not two ints from -1 on, or None.
@@ -121,7 +121,7 @@ def window_limits(window_size: Any) -> tuple[int, int]:
         if all(limit is not None and -1 <= limit <= INT32_MAX for limit in limits):
             return limits[0], limits[1]  # type: ignore[return-value]
     raise ValueError(
-        "window_size must be two ints (left, right) from -1, unlimited, to 2^31 - 1, got "
+        f"{name} must be two ints (left, right) from -1, unlimited, to 2^31 - 1, got "
         f"{window_size!r}"
     )
 

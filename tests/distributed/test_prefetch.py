@@ -205,19 +205,27 @@ def test_a_process_that_dies_is_named_and_another_one_starts():
 
 def test_a_forked_process_starts_its_own():
     worker = wait_for_worker()
+    until_closed, closed = os.pipe()
     child = os.fork()
     if child == 0:  # nothing of pytest may run here
         status = 1
         with contextlib.suppress(BaseException):
-            worker.close()  # as at exit: the parent goes on with it
+            os.close(closed)
             other = prefetch._worker()
             status = int(other is worker)
             other.close()
+            os.read(until_closed, 1)
         os._exit(status)
-    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
-    assert prefetch._worker() is worker
-    assert not worker.has_ended
+    os.close(until_closed)
     assert len(list(prefetch_plans([[0, 20]], cu_seqlens=first))) == 1
+    assert prefetch._worker() is worker
+    start = time.perf_counter()
+    worker.close()  # while the child lives
+    assert time.perf_counter() - start < 3
+    assert worker.has_ended
+    prefetch._worker.cache_clear()
+    os.close(closed)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
 
 
 def test_errors_of_the_process_are_raised_here():
@@ -244,10 +252,11 @@ def body_differ(group, device) -> None:
         iterate([[0, 20]] * (2 + rank))
     iterate([[0, 20]] * 3)
     for wrong in ({"depth": 0}, {"layout": "x"}, {"transport": "x"}, {"on_hang": "x"}):
+        options = wrong if rank else {}
+        plans = prefetch_plans([[0, 20]], group=group, cu_seqlens=first, **options)
+        dist.barrier(group)  # nothing is sent before the iteration begins
         with pytest.raises(ValueError, match="must be|rank 1 was given something invalid"):
-            list(
-                prefetch_plans([[0, 20]], group=group, cu_seqlens=first, **(wrong if rank else {}))
-            )
+            list(plans)
     iterate([[0, 20]] * 3)
 
 
@@ -259,7 +268,7 @@ def body_differ(group, device) -> None:
         ({"cu_seqlens": first, "depth": 0}, ValueError, "depth must be an int >= 1, got 0"),
         ({"cu_seqlens": first, "group": 3}, TypeError, "group must be a ProcessGroup"),
         ({"cu_seqlens": first, "layout": "ring"}, ValueError, "layout must be one of"),
-        ({"cu_seqlens": first, "windows": (3,)}, ValueError, "window_size must be two ints"),
+        ({"cu_seqlens": first, "windows": (3,)}, ValueError, "each of windows must be two"),
         ({"cu_seqlens": first, "windows": None}, TypeError, "windows must be a sequence"),
         ({"cu_seqlens": first, "transport": "x"}, ValueError, "transport must be one of"),
         ({"cu_seqlens": first, "on_hang": "x"}, ValueError, "on_hang must be one of"),
@@ -268,6 +277,14 @@ def body_differ(group, device) -> None:
 def test_wrong_arguments(options, error, message):
     with pytest.raises(error, match=message):
         prefetch_plans([], **options)
+
+
+@pytest.mark.parametrize(
+    "wrong", [5, torch.tensor(20), "abc", {"a": 1}, {0, 20}, torch.tensor([[0, 20]]), [0, None]]
+)
+def test_functions_that_return_no_offsets(wrong):
+    with pytest.raises((TypeError, ValueError), match="cu_seqlens must"):
+        list(prefetch_plans([0], cu_seqlens=lambda _: wrong))
 
 
 @pytest.mark.parametrize("num_ranks", [1, 2])
@@ -297,7 +314,7 @@ def body_blueprints(group, device) -> None:
         ({"cp_size": 0, "rank": 0}, ValueError, "cp_size must be an int >= 1, got 0"),
         ({"cp_size": 2, "rank": 2}, ValueError, "rank must be an int from 0 to cp_size - 1, 1"),
         ({"cp_size": 2, "rank": 0, "layout": "ring"}, ValueError, "layout must be one of"),
-        ({"cp_size": 2, "rank": 0, "windows": (3,)}, ValueError, "window_size must be two ints"),
+        ({"cp_size": 2, "rank": 0, "windows": (3,)}, ValueError, "each of windows must be two"),
     ],
 )
 def test_wrong_blueprints(options, error, message):

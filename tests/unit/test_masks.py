@@ -194,6 +194,9 @@ def test_what_slices_do_not_go_with():
     ):
         with pytest.raises(ValueError, match="must be left out beside mask_slices"):
             attention_with_sink(q, k, v, sink, mask_slices=slices, **options)
+    for unordered in ({}, {((0, 6), (0, 6), "full")}):
+        with pytest.raises(TypeError, match="mask_slices must be a sequence"):
+            attention_with_sink(q, k, v, sink, mask_slices=unordered)
     with pytest.raises(TypeError, match="causal must be a bool, got None"):
         attention_with_sink(q, k, v, sink, mask_slices=slices, causal=None)
     with pytest.raises(ValueError, match="q and k must have the same tokens beside mask_slices"):
@@ -207,6 +210,7 @@ def test_what_slices_do_not_go_with():
         (6, TypeError, "mask_slices must be a sequence"),
         ({}, TypeError, "mask_slices must be a sequence"),
         ([((False, True), (0, 1), "full")], TypeError, r"mask_slices\[0\] must be .* int ranges"),
+        ([((0, torch.tensor(True)), (0, 1), "full")], TypeError, r"must be .* int ranges"),
     ):
         with pytest.raises(error, match=message):
             make_cp_plan(6, mask_slices=wrong)
@@ -237,12 +241,15 @@ def test_positions_of_slices():
     ids = [0, 1, 2, 3, 4, 3, 4]
     plan = make_cp_plan(7, mask_slices=slices, position_ids=ids)
     assert plan.position_ids.tolist() == ids
+    small = torch.tensor(ids, dtype=torch.uint16)
+    assert make_cp_plan(7, mask_slices=slices, position_ids=small).position_ids.tolist() == ids
     assert make_cp_plan(7, mask_slices=slices).position_ids.tolist() == list(range(7))
     by_documents = make_cp_plan(7, mask_slices=slices, cu_seqlens=[0, 3, 5, 7])
     assert by_documents.position_ids.tolist() == [0, 1, 2, 0, 1, 0, 1]
     bad_tensors = (
         torch.empty(7, dtype=torch.int64, device="meta"),
         torch.ones(7, dtype=torch.bfloat16),
+        [torch.ones((), dtype=torch.bfloat16)] * 7,
     )
     for wrong in (ids[:3], [0.5] * 7, "abc", *bad_tensors):
         with pytest.raises(ValueError, match="position_ids must be total_tokens, 7, ints, got"):

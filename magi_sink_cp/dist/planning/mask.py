@@ -16,9 +16,10 @@ kernel's window of a band is (k - r - lo, hi - (k - r)).
 from __future__ import annotations
 
 import bisect
+import itertools
 import operator
-from collections.abc import Iterable, Mapping, Sequence, Set
-from typing import Any, NamedTuple, TypeVar
+from collections.abc import Callable, Iterable, Mapping, Sequence, Set
+from typing import Any, NamedTuple, TypeGuard, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -235,17 +236,28 @@ def check_slices(total_tokens: int, mask_slices: object) -> tuple[Slice, ...]:
         TypeError, ValueError: they are no slices of a mask of total_tokens, or two of them share a
             (query, key) pair. The text names the slice.
     """
-    unordered = isinstance(mask_slices, (str, bytes, Mapping, Set))
-    if unordered or not isinstance(mask_slices, Iterable):
+    slices = tuple(
+        _check_slice(index, given, total_tokens)
+        for index, given in enumerate(in_order(mask_slices))
+    )
+    _refuse_shared_pairs(slices)
+    return slices
+
+
+def in_order(mask_slices: object) -> tuple[Any, ...]:
+    """What is in the sequence. Raises TypeError if it is none."""
+    if not is_sequence(mask_slices):
         raise TypeError(
             "mask_slices must be a sequence of ((q0, q1), (k0, k1), type), got "
             f"{type(mask_slices).__name__}"
         )
-    slices = tuple(
-        _check_slice(index, given, total_tokens) for index, given in enumerate(mask_slices)
-    )
-    _refuse_shared_pairs(slices)
-    return slices
+    return tuple(mask_slices)
+
+
+def is_sequence(value: object) -> TypeGuard[Iterable[Any]]:
+    """Whether its entries come in an order, one by one, and are no text."""
+    no_sequence = isinstance(value, (str, bytes, bytearray, Mapping, Set))
+    return isinstance(value, Iterable) and not no_sequence
 
 
 def _check_slice(index: int, given: Any, total_tokens: int) -> Slice:
@@ -270,14 +282,14 @@ def _check_slice(index: int, given: Any, total_tokens: int) -> Slice:
 
 
 def _index(value: Any) -> int:
-    if isinstance(value, bool):
+    if isinstance(value, bool) or str(getattr(value, "dtype", "")) == "torch.bool":
         raise TypeError
     return operator.index(value)
 
 
 # With more pairs for each slice a sweep finds those to compare: 64,000 slices, half of which share
-# their queries and half their keys, take 0.4 s in place of 20. The usual masks have at most three
-# pairs for each slice, and take a third of the sweep's time.
+# their queries and half their keys, take half a second in place of 20. The usual masks have at most
+# three pairs for each slice, and take a fifth of the sweep's time.
 _MANY_PAIRS = 8
 
 
@@ -285,40 +297,59 @@ def _refuse_shared_pairs(slices: tuple[Slice, ...]) -> None:
     """Raise ValueError if two slices share a (query, key) pair.
 
     Slices are compared with those that share queries with them, or keys if these are fewer; if many
-    do, with those alone that come to lie beside them. It is n log n for n slices.
+    do, with those alone that come to lie beside them. So n slices take some n log n comparisons.
     """
     b = _bands_one_by_one(slices)
     axes = [(b.q_lo, b.q_hi), (b.k_lo, b.k_hi)]
     neighbours = [_later_overlaps(lo, hi) for lo, hi in axes]
     order, first, count = min(neighbours, key=lambda each: int(each[2].sum()))
     if count.sum() > _MANY_PAIRS * len(slices):
-        one, two = _side_by_side(b)
+        found = _sweep(b)
     else:
         i, j = expand(first, count)
         one, two = order[i], order[j]
-    q_lo, q_hi = np.maximum(b.q_lo[one], b.q_lo[two]), np.minimum(b.q_hi[one], b.q_hi[two])
-    k_lo, k_hi = np.maximum(b.k_lo[one], b.k_lo[two]), np.minimum(b.k_hi[one], b.k_hi[two])
-    # What key - query can be.
-    lo = np.maximum(np.maximum(b.lo[one], b.lo[two]), k_lo - q_hi + 1)
-    hi = np.minimum(np.minimum(b.hi[one], b.hi[two]), k_hi - 1 - q_lo)
-    shared = np.flatnonzero((q_lo < q_hi) & (k_lo < k_hi) & (lo <= hi))
-    if len(shared):
-        at = shared[0]
-        query = int(max(q_lo[at], k_lo[at] - lo[at]))
-        a, c = sorted((int(one[at]), int(two[at])))
-        raise ValueError(
-            f"mask_slices[{a}], {slices[a]}, and mask_slices[{c}], {slices[c]}, must not share "
-            f"a (query, key) pair, and both hold ({query}, {query + int(lo[at])})"
-        )
+        common = _common(take(b, one), take(b, two), np.minimum, np.maximum)
+        shared = np.flatnonzero(_has_pairs(common))[:1]
+        found = next(zip(one[shared].tolist(), two[shared].tolist(), strict=True), None)
+    if found is None:
+        return
+    a, c = sorted(found)
+    one_band, other = _as_ints(take(b, np.array([a, c])))
+    common = _common(one_band, other, min, max)
+    query = max(common.q_lo, common.k_lo - common.lo)
+    raise ValueError(
+        f"mask_slices[{a}], {slices[a]}, and mask_slices[{c}], {slices[c]}, must not share "
+        f"a (query, key) pair, and both hold ({query}, {query + common.lo})"
+    )
 
 
-def _side_by_side(b: Bands) -> tuple[Ints, Ints]:
-    """Pairs of bands whose keys are next to each other in some row, among them two that share a
-    pair, if any do.
+def _as_ints(b: Bands) -> list[Any]:
+    """Each band by itself, of ints."""
+    return [Bands(*band) for band in zip(*(x.tolist() for x in b), strict=True)]
+
+
+def _common(one: Any, two: Any, least: Callable[..., Any], most: Callable[..., Any]) -> Any:
+    """What two bands share, as a band whose lo and hi are what key - query can be. ``least`` and
+    ``most`` are min and max for bands of ints, NumPy's for arrays.
+    """
+    q_lo, q_hi = most(one.q_lo, two.q_lo), least(one.q_hi, two.q_hi)
+    k_lo, k_hi = most(one.k_lo, two.k_lo), least(one.k_hi, two.k_hi)
+    lo = most(most(one.lo, two.lo), k_lo - q_hi + 1)
+    hi = least(least(one.hi, two.hi), k_hi - 1 - q_lo)
+    return Bands(q_lo, q_hi, k_lo, k_hi, lo, hi)
+
+
+def _has_pairs(common: Any) -> Any:
+    return (common.q_lo < common.q_hi) & (common.k_lo < common.k_hi) & (common.lo <= common.hi)
+
+
+def _sweep(b: Bands) -> tuple[int, int] | None:
+    """Two bands that share a pair, or None.
 
     Row by row, the bands that have keys are kept in the order of their first keys (the sweep of
-    Shamos and Hoey, 1976). From a row to the next a first key stays or moves by one, so bands keep
-    their order until two of them share a key, and these two are then side by side.
+    Shamos and Hoey, 1976). From a row to the next a first key stays or moves by one. So bands keep
+    their order until two of them share a key, and these two are then side by side: comparing
+    neighbours, when they become that, finds them before.
     """
     begin = np.maximum(b.q_lo, b.k_lo - b.hi)  # the rows in which a band has keys
     end = np.minimum(b.q_hi, b.k_hi - b.lo)
@@ -330,27 +361,25 @@ def _side_by_side(b: Bands) -> tuple[Ints, Ints]:
         rows[order].tolist(), np.tile(there, 2)[order].tolist(), is_begin[order].tolist(),
         strict=True,
     )  # fmt: skip
-    k_lo, lo = b.k_lo.tolist(), b.lo.tolist()
+    bands = _as_ints(b)
     active: list[int] = []
-    pairs: list[tuple[int, int]] = []
     for row, band, begins in events:
         at_row = row if begins else row - 1
 
         def first_key(other: int, at_row: int = at_row) -> int:
-            return max(k_lo[other], at_row + lo[other])
+            return max(bands[other].k_lo, at_row + bands[other].lo)
 
         place = bisect.bisect_left(active, first_key(band), key=first_key)
         if begins:
-            pairs += [(other, band) for other in active[max(0, place - 1) : place + 1]]
             active.insert(place, band)
-            continue
-        if place == len(active) or active[place] != band:  # two have shared a key before
-            place = active.index(band)
-        del active[place]
-        if 0 < place < len(active):
-            pairs.append((active[place - 1], active[place]))
-    found = np.array(pairs, dtype=np.int64).reshape(-1, 2)
-    return found[:, 0], found[:, 1]
+            met = active[max(0, place - 1) : place + 2]
+        else:
+            del active[place]
+            met = active[max(0, place - 1) : place + 1]
+        for one, two in itertools.pairwise(met):
+            if _has_pairs(_common(bands[one], bands[two], min, max)):
+                return one, two
+    return None
 
 
 def _later_overlaps(lo: Ints, hi: Ints) -> tuple[Ints, Ints, Ints]:

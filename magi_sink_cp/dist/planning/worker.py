@@ -36,7 +36,6 @@ class Worker:
     """The process, from the caller's side. One request at a time."""
 
     def __init__(self) -> None:
-        self._owner = os.getpid()
         self._lock = threading.Lock()
         self._process = subprocess.Popen(
             [
@@ -90,13 +89,18 @@ class Worker:
         return answer
 
     def close(self) -> None:
-        """End the process. What was forked from its owner leaves it alone."""
-        if os.getpid() != self._owner:
-            return
+        """End the process."""
         with contextlib.suppress(OSError):
             self._input.close()
         with contextlib.suppress(subprocess.TimeoutExpired):
             self._process.wait(timeout=5)
+
+    def let_go(self) -> None:
+        """In a forked process: leave the pipes to the parent, which alone may use and end them."""
+        null = os.open(os.devnull, os.O_RDWR)
+        for pipe in (self._input, self._output):
+            os.dup2(null, pipe.fileno(), inheritable=False)  # what is buffered goes nowhere
+        os.close(null)
 
     @property
     def _input(self) -> IO[bytes]:
