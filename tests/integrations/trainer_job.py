@@ -97,5 +97,14 @@ def print_result(trainer: Trainer, names: tuple[str, ...]) -> None:
         print("RESULT", json.dumps([entry for entry in found if entry]))
 
 
+def end() -> None:
+    """End at once: in an orderly end a thread of gloo, which the Trainer still holds, may abort the
+    process (docs/troubleshooting.md).
+    """
+    sys.stdout.flush()
+    os._exit(0)
+
+
 if __name__ == "__main__":
     main(int(sys.argv[1]), sys.argv[2], sys.argv[3:] == ["resume"])
+    end()

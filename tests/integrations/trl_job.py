@@ -17,7 +17,7 @@ from transformers import PreTrainedTokenizerFast
 from trl import SFTConfig, SFTTrainer, pack_dataset
 
 from magi_sink_cp.integrations import transformers as magi
-from tests.integrations.trainer_job import print_result, run_fsdp_on_cpus
+from tests.integrations.trainer_job import end, print_result, run_fsdp_on_cpus
 from tests.integrations.transformers_models import make_model
 
 BATCH = 4
@@ -95,3 +95,4 @@ def main(cp_size: int, output_dir: str, kind: str, *options: str) -> None:
 
 if __name__ == "__main__":
     main(int(sys.argv[1]), *sys.argv[2:])
+    end()
