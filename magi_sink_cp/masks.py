@@ -10,7 +10,6 @@ In the pictures a row is a query, a column is a key, and x is seen.
 from __future__ import annotations
 
 import itertools
-import operator
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -20,6 +19,7 @@ from magi_sink_cp.dist.planning.mask import (
     FAR,
     Range,
     Slice,
+    as_index,
     bands_of_slices,
     check_slices,
     is_sequence,
@@ -296,9 +296,7 @@ def _counts(name: str, given: Any) -> list[int]:
 
 def _count(name: str, value: object, least: int) -> int:
     try:
-        if isinstance(value, bool):
-            raise TypeError
-        number = operator.index(value)  # type: ignore[arg-type]
+        number = as_index(value)
     except TypeError:
         raise TypeError(f"{name} must be an int, got {value!r}") from None
     if number < least:

@@ -259,12 +259,13 @@ def timed_calls(
     times: dict[str, list[float]] = defaultdict(list)
 
     def note(way: str, start: float) -> None:
-        whole = {way: time.perf_counter() - start}
-        for what, seconds in (whole if spent is None else spent).items():
-            name = f"{way} of a known plan" + ("" if spent is None else f", in {what}")
-            times[name].append(1e6 * seconds)
-        if spent is not None:
-            spent.update(dict.fromkeys(spent, 0.0))
+        name = f"{way} of a known plan"
+        if spent is None:
+            times[name].append(1e6 * (time.perf_counter() - start))
+            return
+        for piece, seconds in spent.items():
+            times[f"{name}, in {piece}"].append(1e6 * seconds)
+            spent[piece] = 0.0
 
     for _ in range(args.rounds + 2):
         torch.cuda.synchronize()

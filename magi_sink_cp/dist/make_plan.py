@@ -367,7 +367,7 @@ def _check_arguments(
         given = as_cu_seqlens(cu_seqlens, "cu_seqlens")
         offsets = read_cu_seqlens(given, "cu_seqlens", total)
     else:
-        offsets = check_offsets(_ints(cu_seqlens), "cu_seqlens", total)
+        offsets = check_offsets(as_ints("cu_seqlens", _sequence(cu_seqlens)), "cu_seqlens", total)
     slices = None if mask_slices is None else check_slices(total, mask_slices)
     return PlanInput(total, offsets, slices, _positions(position_ids, total), layout)
 
@@ -410,20 +410,23 @@ def last_offset(cu_seqlens: Any) -> int:
     if isinstance(cu_seqlens, Tensor):
         refuse_dtensor("cu_seqlens", cu_seqlens)
         return int(as_cu_seqlens(cu_seqlens, "cu_seqlens")[-1])
-    offsets = () if cu_seqlens is None else _ints(cu_seqlens)
+    offsets = () if cu_seqlens is None else _sequence(cu_seqlens)
     if not offsets:
         raise ValueError(
             "cu_seqlens must return offsets for each batch, or total_tokens be given, got "
             f"{cu_seqlens!r}"
         )
-    return offsets[-1]
+    last = as_int(offsets[-1])  # the others are looked at where the plan is made
+    if last is None:
+        raise TypeError(f"cu_seqlens must hold ints, got {offsets[-1]!r} as the last")
+    return last
 
 
-def _ints(cu_seqlens: object) -> tuple[int, ...]:
+def _sequence(cu_seqlens: object) -> Sequence[object]:
     values = cu_seqlens.tolist() if hasattr(cu_seqlens, "tolist") else cu_seqlens
     if isinstance(values, str) or not isinstance(values, Sequence):
         raise TypeError(
             "cu_seqlens must be an int32 or int64 tensor, a NumPy array, a sequence of ints or "
             f"None, got {type(cu_seqlens).__name__}"
         )
-    return as_ints("cu_seqlens", values)
+    return values

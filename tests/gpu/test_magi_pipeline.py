@@ -22,6 +22,7 @@ import pytest
 import torch
 
 from magi_sink_cp import cp_attention_with_sink, engines, make_cp_plan
+from magi_sink_cp.dist.planning.mask import SLICE_TYPES
 
 SOURCE = os.environ.get("MAGI_ATTENTION_SOURCE")
 REASON = {info.name: info.reason for info in engines()}["magi"]
@@ -52,7 +53,6 @@ WITH_SINKS = {
     for config in CONFIGS
     if config.get("total_seqlen_sink") and not config.get(pipeline.PROFILE_ONLY)
 }
-TYPES = ("full", "causal", "inv_causal", "bi_causal")
 
 
 class TestBesideOurs(pipeline.TestPipelineBaseWithWorldSize1):
@@ -100,7 +100,7 @@ class TestBesideOurs(pipeline.TestPipelineBaseWithWorldSize1):
     def attend(self, engine: str, given: dict[str, Any]) -> dict[str, torch.Tensor]:
         """What this package computes, under the names of its reference's arguments."""
         slices = [
-            ((q.start, q.end), (k.start, k.end), TYPES[kind])
+            ((q.start, q.end), (k.start, k.end), SLICE_TYPES[kind])
             for q, k, kind in zip(
                 given["q_ranges"], given["k_ranges"], given["attn_type_map"], strict=True
             )

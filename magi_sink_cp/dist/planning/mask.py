@@ -264,8 +264,8 @@ def _check_slice(index: int, given: Any, total_tokens: int) -> Slice:
     name = f"mask_slices[{index}]"
     try:
         queries, keys, kind = given
-        q0, q1 = map(_index, queries)
-        k0, k1 = map(_index, keys)
+        q0, q1 = map(as_index, queries)
+        k0, k1 = map(as_index, keys)
     except (TypeError, ValueError):
         raise TypeError(
             f"{name} must be ((q0, q1), (k0, k1), type) with int ranges, got {given!r}"
@@ -281,7 +281,8 @@ def _check_slice(index: int, given: Any, total_tokens: int) -> Slice:
     return (q0, q1), (k0, k1), kind
 
 
-def _index(value: Any) -> int:
+def as_index(value: Any) -> int:
+    """value as an int. Raises TypeError if it is none; a bool is none."""
     if isinstance(value, bool) or str(getattr(value, "dtype", "")) == "torch.bool":
         raise TypeError
     return operator.index(value)
